@@ -1,0 +1,1 @@
+"""Rollout engines: one file per inference library, each importing only its own."""

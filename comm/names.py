@@ -1,0 +1,44 @@
+"""Checkpoint names for a model's tensors, each name a view on the model's own storage.
+
+The one idea: transformers 5 holds a layer's experts fused, checkpoints and our log hold one 2-D
+matrix per expert and projection. A view under the checkpoint's name needs no copy, so whoever
+writes through it writes the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+# axes: E experts, F expert width, D hidden size
+FUSED = {".experts.gate_up_proj": ("gate_proj", "up_proj"), ".experts.down_proj": ("down_proj",)}
+
+
+def logical_views(
+    named_parameters: Iterable[tuple[str, Tensor]], expert_offset: int = 0
+) -> dict[str, Tensor]:
+    """Detached views on `named_parameters` under their checkpoint names.
+
+    `...experts.gate_up_proj` [E, 2F, D] becomes `...experts.{e}.gate_proj.weight` [F, D] and
+    `...experts.{e}.up_proj.weight` [F, D]; `...experts.down_proj` [E, D, F] becomes
+    `...experts.{e}.down_proj.weight` [D, F], with e counted from `expert_offset` (the first logical
+    expert this rank holds). Every other tensor keeps its own name. Gradients work as well as
+    weights. Raises ValueError for fused experts in another layout.
+    """
+    views: dict[str, Tensor] = {}
+    for name, tensor in named_parameters:
+        if ".experts." not in name or name.rpartition(".experts.")[2][0].isdigit():
+            views[name] = tensor.detach()
+            continue
+        stem, _, leaf = name.rpartition(".")
+        projections = FUSED.get(f".experts.{leaf}") if stem.endswith(".experts") else None
+        if projections is None or tensor.ndim != 3 or tensor.shape[1] % len(projections):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)}: expected fused experts as "
+                "experts.gate_up_proj [E, 2F, D] and experts.down_proj [E, D, F]"
+            )
+        for e, expert in enumerate(tensor.detach(), start=expert_offset):
+            for projection, matrix in zip(projections, expert.chunk(len(projections)), strict=True):
+                views[f"{stem}.{e}.{projection}.weight"] = matrix
+    return views
