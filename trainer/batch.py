@@ -1,0 +1,121 @@
+"""Rows of packed documents: what a forward pass is given.
+
+The one idea: position ids restart at each document, and attention follows them, so documents that
+share a row do not see one another. A token's place in the loss is the place that predicts it.
+
+Shape suffixes: B rows, S places of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Self
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenBatch:
+    """Packed rows and the weight of each place in the loss. All tensors are [B, S], on the CPU."""
+
+    token_ids_BS: torch.Tensor
+    """int64; 0 where a row has no document."""
+    position_ids_BS: torch.Tensor
+    """int64, from 0 in each document; 0 where a row has no document."""
+    weights_BS: torch.Tensor
+    """float32; [b, s] weighs the prediction of token [b, s + 1] from place [b, s]."""
+
+    def to_tensors(self) -> tuple[torch.Tensor, ...]:
+        """The fields in order, as a broadcast needs them."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[torch.Tensor]) -> Self:
+        """The batch whose `to_tensors` gave the tensors."""
+        names = [field.name for field in fields(cls)]
+        return cls(**dict(zip(names, tensors, strict=True)))
+
+    def split(self, index: int, parts: int) -> Self:
+        """Part `index` of `parts`: ceil(B / parts) rows in order, the last ones zero rows.
+
+        Works for ranks and again for micro-batches. Zero rows have weight 0 everywhere.
+        """
+        rows = -(-self.token_ids_BS.shape[0] // parts)
+        return self.from_tensors(
+            [_rows(tensor, index * rows, rows) for tensor in self.to_tensors()]
+        )
+
+
+def _rows(tensor: torch.Tensor, start: int, rows: int) -> torch.Tensor:
+    held = tensor[start : start + rows]
+    return torch.cat([held, held.new_zeros(rows - held.shape[0], *tensor.shape[1:])])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Document:
+    """Tokens that attend to one another, and from which of them on the loss counts."""
+
+    token_ids: Sequence[int]
+    learn_from: int = 0
+    """Tokens before this one are only read; token 0 is never predicted."""
+
+
+def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Fills rows of `capacity`: each item, in order, goes to the first row with room for it.
+
+    Returns the item numbers of each row. Raises ValueError for an item longer than a row.
+    """
+    longest = max(lengths, default=0)
+    if longest > capacity:
+        raise ValueError(f"a document of {longest} tokens does not fit seq_len {capacity}")
+    least = min(lengths, default=0)
+    rows: list[list[int]] = []
+    room: dict[int, int] = {}  # of the rows that could still take the shortest item, in order
+    for item, length in enumerate(lengths):
+        row = next((r for r, left in room.items() if left >= length), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room[row] = capacity
+        rows[row].append(item)
+        room[row] -= length
+        if room[row] < least:
+            del room[row]
+    return rows
+
+
+def pack(
+    documents: Sequence[Document], rows: Sequence[Sequence[int]], seq_len: int
+) -> tuple[TokenBatch, list[tuple[int, slice]]]:
+    """Lays documents into rows.
+
+    rows: the numbers of the documents of each row, as first_fit gives them.
+    Returns the batch, and for each laid document, row by row, its row and the places that predict
+    its learned tokens.
+    """
+    token_ids_BS = np.zeros((len(rows), seq_len), dtype=np.int64)
+    position_ids_BS = np.zeros_like(token_ids_BS)
+    weights_BS = np.zeros(token_ids_BS.shape, dtype=np.float32)
+    learned = []
+    for row, items in enumerate(rows):
+        start = 0
+        for document in (documents[item] for item in items):
+            stop = start + len(document.token_ids)
+            token_ids_BS[row, start:stop] = document.token_ids
+            position_ids_BS[row, start:stop] = np.arange(stop - start)
+            places = slice(start + max(document.learn_from, 1) - 1, stop - 1)
+            weights_BS[row, places] = 1.0
+            learned.append((row, places))
+            start = stop
+    arrays = (token_ids_BS, position_ids_BS, weights_BS)
+    return TokenBatch.from_tensors([torch.from_numpy(array) for array in arrays]), learned
+
+
+def permutation(num: int, *words: int) -> np.ndarray:
+    """A random order of range(num), int64 [num], a pure function of (num, words).
+
+    Sorts raw Philox output, whose stream numpy fixes for good; Generator's may change.
+    """
+    random = np.random.Philox(np.random.SeedSequence(words))
+    return np.argsort(random.random_raw(num), kind="stable")

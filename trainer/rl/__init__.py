@@ -1,0 +1,1 @@
+"""Reinforcement learning on a verifiable task: prompts, rewards, and the policy loss."""
