@@ -98,7 +98,7 @@ def _is_undone(event: Event, place: tuple[int, int], resumed_at: tuple[int, int]
     return event["event"] == "eval" and place > resumed_at
 
 
-def of_kind(events: list[Event], kind: str, **fields: object) -> list[Event]:
+def of_kind(events: list[Event], kind: str, /, **fields: object) -> list[Event]:
     """The events of one kind whose named fields have the given values."""
     wanted = {"event": kind, **fields}
     return [e for e in events if all(e.get(k) == v for k, v in wanted.items())]

@@ -1,0 +1,173 @@
+"""report.html: one file that shows a run, opens offline and asks the network for nothing.
+
+The one idea: the page is made from metrics.jsonl alone, plotly.js included in it, so it can be
+mailed, archived, and made for a run that was killed. A content policy in the page forbids requests.
+"""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+from gossamer.launch.charts import (
+    Chart,
+    density_chart,
+    expert_chart,
+    loss_chart,
+    reward_chart,
+    wire_chart,
+    words,
+)
+from gossamer.launch.quantities import (
+    MISSING,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+)
+from gossamer.launch.summary import Event, of_kind, read_events, settle, summarise, write_whole
+from gossamer.launch.timeline import pause_chart, throughput_chart, timeline_chart
+from plotly.io import to_html
+from plotly.offline import get_plotlyjs
+
+POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+)
+
+STYLE = """
+:root { --ink: #1f2933; --muted: #616e7c; --rule: #e4e7eb; --paper: #fff; --ground: #f5f7fa }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif }
+main { max-width: 1180px; margin: 0 auto; padding: 32px 24px 64px }
+header p { margin: 0; color: var(--muted) }
+h1 { margin: 2px 0 6px; font-size: 28px; line-height: 1.2; letter-spacing: -.01em }
+h1 span { font-size: 13px; font-weight: 500; letter-spacing: 0; vertical-align: middle;
+  margin-left: 10px; padding: 3px 10px; border-radius: 99px; background: var(--rule) }
+h2 { margin: 0; font-size: 16px }
+section p { margin: 2px 0 6px; color: var(--muted); font-size: 13.5px; max-width: 86ch }
+.cards { display: flex; flex-wrap: wrap; gap: 10px; margin: 22px 0 14px }
+.charts { display: grid; gap: 14px; grid-template-columns: repeat(2, minmax(0, 1fr));
+  grid-auto-flow: dense }
+.card, section { background: var(--paper); border: 1px solid var(--rule); border-radius: 10px }
+.card { padding: 12px 14px; flex: 1 1 126px }
+.card b { display: block; font-size: 17px; line-height: 1.5; white-space: nowrap }
+.card small { display: block; color: var(--muted); font-size: 12.5px; line-height: 1.35 }
+.good b { color: #2b8a3e } .bad b { color: #c2255c }
+section { padding: 16px 18px 8px; min-width: 0 }
+.wide { grid-column: 1 / -1 }
+footer { margin-top: 24px; color: var(--muted); font-size: 13px }
+@media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr) } }
+@media print { body { background: #fff } section { break-inside: avoid } }
+"""
+
+
+def span(first: float | None, last: float | None, percent: bool = False) -> str:
+    """'first → last', or a dash when nothing was measured."""
+    if first is None or last is None:
+        return MISSING
+    if percent:
+        return f"{format_number(100 * first, 3)} → {format_percent(last)}"
+    return f"{format_number(first, 3)} → {format_number(last, 3)}"
+
+
+def summary_cards(summary: Event) -> list[tuple[str, str, str, str]]:
+    """(what, value, remark, css class) of each card."""
+    wire, full, versions = summary["wire_bytes"], summary["full_bytes"], summary["versions"]
+    problems, dead = summary["heldout_problems"], summary["engines_dead"]
+    rewards = span(summary["reward_first"], summary["reward_last"], percent=True)
+    asked = f"exact match, {problems} problems" if problems else "no evaluation in the RL phase"
+    less = f"{full / wire:.3g}× less than {format_bytes(full)}" if wire else "nothing published"
+    newest = f"newest: {summary['version_last']}" if versions else "nothing published"
+    engines = (MISSING, "no version to hold", "")
+    if summary["engines_bit_exact"]:
+        engines = ("bit-exact", "every last audit equal", "good")
+    elif versions:
+        engines = ("not proven", "an audit is missing, old or unequal", "bad")
+    attempts = "1 attempt" if summary["attempts"] == 1 else f"{summary['attempts']} attempts"
+    lost = f", {dead} engine{'s' * (dead > 1)} lost" if dead else ""
+    return [
+        ("Held-out reward", rewards, asked, ""),
+        ("Loss", span(summary["loss_first"], summary["loss_last"]), "means of 10 steps", ""),
+        ("On the wire", format_bytes(wire), less, ""),
+        ("Changed a version", format_percent(summary["change_density_mean"]), "of elements", ""),
+        ("Versions", str(versions), newest, ""),
+        ("Engines", *engines),
+        ("Wall time", format_duration(summary["wall_s"]), attempts + lost, ""),
+    ]
+
+
+def essentials(summary: Event, start: Event) -> str:
+    """The configuration in one line."""
+    phases = [p if isinstance(p, str) else p.get("name", "?") for p in start.get("phases") or []]
+    facts = [
+        ("seed", summary["seed"]),
+        ("parameters", summary["params"] and format_count(summary["params"])),
+        ("active per token", summary["active_params"] and format_count(summary["active_params"])),
+        ("ranks", summary["world_size"]),
+        ("expert parallel", summary["ep_size"]),
+        ("ZeRO stage", summary["zero_stage"]),
+        ("rollout engines", summary["engines"]),
+        ("phases", ", ".join(map(words, phases)) or None),
+    ]
+    known = [f"{name}&nbsp;<b>{escape(str(v))}</b>" for name, v in facts if v is not None]
+    return " · ".join(known)
+
+
+def section(chart: Chart) -> str:
+    figure = ""
+    if chart.figure is not None:
+        figure = to_html(
+            chart.figure,
+            include_plotlyjs=False,
+            full_html=False,
+            div_id=chart.key,
+            config={"displayModeBar": False, "responsive": True},
+        )
+    wide = ' class="wide"' if chart.wide and figure else ""
+    return f"<section{wide}><h2>{chart.title}</h2><p>{escape(chart.note)}</p>{figure}</section>"
+
+
+def page(events: list[Event], summary: Event) -> str:
+    """The whole HTML of the report."""
+    settled, start = settle(events), of_kind(events, "run_start")[-1]
+    charts = [
+        loss_chart(settled),
+        reward_chart(settled),
+        wire_chart(events),
+        timeline_chart(events),
+        pause_chart(events),
+        density_chart(events),
+        throughput_chart(events),
+        expert_chart(settled),
+    ]
+    name, reason = escape(str(summary["name"])), summary["end_reason"]
+    state = f"ended: {escape(str(reason))}" if reason else "running, or killed"
+    charts.sort(key=lambda chart: chart.figure is None)  # what could not be drawn, at the end
+    cards = "".join(
+        f'<div class="card {css}"><small>{what}</small><b>{value}</b><small>{remark}</small></div>'
+        for what, value, remark, css in summary_cards(summary)
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{name} · Gossamer</title>
+<style>{STYLE}</style>
+<script>{get_plotlyjs()}</script></head>
+<body><main>
+<header><p>Gossamer run</p><h1>{name}<span>{state}</span></h1>
+<p>{essentials(summary, start)}</p></header>
+<div class="cards">{cards}</div>
+<div class="charts">{"".join(map(section, charts))}</div>
+<footer>Made from metrics.jsonl alone. Sizes are in powers of 1000; a step that a later attempt did
+again counts once in the curves of learning, and as often as it ran in bytes and times.</footer>
+</main></body></html>
+"""
+
+
+def write_report(run_dir: Path) -> Path:
+    """Writes RUN_DIR/report.html, returns its path. Raises ValueError for unreadable metrics."""
+    events = read_events(run_dir)
+    return write_whole(Path(run_dir) / "report.html", page(events, summarise(run_dir)))
