@@ -36,8 +36,8 @@ class HFEngine:
 
     `model_config` is a transformers config as a dict with its `model_type`; `dtype` is both the
     live and the compute dtype and must be the log's publish dtype. `pad_id` is any token id, never
-    attended to. `experts_implementation`: grouped_mm is the fastest measured on CPUs with bf16
-    matrix instructions.
+    attended to. `experts_implementation` "grouped_mm" sums a token's experts in fp32, "eager" in
+    `dtype`; on a CPU with bf16 matrix instructions both take the same time.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class HFEngine:
     ) -> None:
         if "model_type" not in model_config:
             raise ValueError("model_config: expected a transformers config with its model_type")
-        self._model = AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(**model_config),
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            experts_implementation=experts_implementation,
-        ).eval()
-        # tied weights appear once in both, or a delta would be applied twice
+        with torch.random.fork_rng(devices=[]):  # the initial values are never used
+            self._model = AutoModelForCausalLM.from_config(
+                AutoConfig.for_model(**model_config),
+                dtype=getattr(torch, dtype),
+                attn_implementation=attn_implementation,
+                experts_implementation=experts_implementation,
+            ).eval()
+        # not the state dict itself: it names a tied weight twice, and a delta applies once
         saved = self._model.state_dict().keys()
         buffers = ((name, b) for name, b in self._model.named_buffers() if name in saved)
         self._live = LiveWeights(logical_views(chain(self._model.named_parameters(), buffers)))
