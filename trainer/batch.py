@@ -86,21 +86,20 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(
-    documents: Sequence[Document], rows: Sequence[Sequence[int]], seq_len: int
+    rows: Sequence[Sequence[Document]], seq_len: int
 ) -> tuple[TokenBatch, list[tuple[int, slice]]]:
-    """Lays documents into rows.
+    """Lays the documents of each row one after the other.
 
-    rows: the numbers of the documents of each row, as first_fit gives them.
-    Returns the batch, and for each laid document, row by row, its row and the places that predict
-    its learned tokens.
+    Returns the batch, and for each document, row by row, its row and the places that predict its
+    learned tokens.
     """
     token_ids_BS = np.zeros((len(rows), seq_len), dtype=np.int64)
     position_ids_BS = np.zeros_like(token_ids_BS)
     weights_BS = np.zeros(token_ids_BS.shape, dtype=np.float32)
     learned = []
-    for row, items in enumerate(rows):
+    for row, documents in enumerate(rows):
         start = 0
-        for document in (documents[item] for item in items):
+        for document in documents:
             stop = start + len(document.token_ids)
             token_ids_BS[row, start:stop] = document.token_ids
             position_ids_BS[row, start:stop] = np.arange(stop - start)

@@ -123,11 +123,7 @@ class TokenStream(IterableDataset):
         return self
 
     def __next__(self) -> TokenBatch:
-        documents = [self._next_row() for _ in range(self._num_rows)]
-        flat = [document for row in documents for document in row]
-        stops = np.cumsum([len(row) for row in documents])
-        rows = [range(stop - len(row), stop) for row, stop in zip(documents, stops, strict=True)]
-        return pack(flat, rows, self._seq_len)[0]
+        return pack([self._next_row() for _ in range(self._num_rows)], self._seq_len)[0]
 
     def state_dict(self) -> dict:
         """Where the stream is, and of what: JSON."""
@@ -175,7 +171,7 @@ class TokenStream(IterableDataset):
 def build_loader(sources: list[Source], config: DataConfig, seed: int) -> StatefulDataLoader:
     """The stream behind torchdata's loader; call iter() on it once, after load_state_dict.
 
-    Draws nothing from torch's global random state.
+    Draws nothing from torch's global random state. A state of other data is refused by iter().
     """
     return StatefulDataLoader(
         TokenStream(sources, config, seed),

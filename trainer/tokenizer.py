@@ -101,3 +101,13 @@ def train_tokenizer(documents: Iterable[str], config: TokenizerConfig) -> Tokeni
             f"{bpe.get_vocab_size()} tokens; expected more text or a smaller vocabulary"
         )
     return Tokenizer(bpe)
+
+
+def token_fields(vocab_size: int) -> dict[str, int]:
+    """Fields of a Hugging Face config that a tokenizer of ours decides."""
+    return {
+        "vocab_size": vocab_size,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+    }
