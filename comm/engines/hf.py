@@ -28,7 +28,7 @@ from gossamer.comm.names import logical_views
 from gossamer.comm.rollout import Request, Sample, VersionSpan
 from gossamer.comm.subscriber import Subscriber
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 
 class HFEngine:
@@ -36,8 +36,8 @@ class HFEngine:
 
     `model_config` is a transformers config as a dict with its `model_type`; `dtype` is both the
     live and the compute dtype and must be the log's publish dtype. `pad_id` is any token id, never
-    attended to. `experts_implementation` "grouped_mm" sums a token's experts in fp32, "eager" in
-    `dtype`; on a CPU with bf16 matrix instructions both take the same time.
+    attended to. `experts_implementation` None is transformers' own default, grouped_mm where the
+    model has experts; it sums a token's experts in fp32 and takes as long as eager on the CPU.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class HFEngine:
         eos_id: int,
         dtype: str = "bfloat16",
         attn_implementation: str = "sdpa",
-        experts_implementation: str = "grouped_mm",
+        experts_implementation: str | None = None,
     ) -> None:
         if "model_type" not in model_config:
             raise ValueError("model_config: expected a transformers config with its model_type")
@@ -60,10 +60,7 @@ class HFEngine:
                 attn_implementation=attn_implementation,
                 experts_implementation=experts_implementation,
             ).eval()
-        # not the state dict itself: it names a tied weight twice, and a delta applies once
-        saved = self._model.state_dict().keys()
-        buffers = ((name, b) for name, b in self._model.named_buffers() if name in saved)
-        self._live = LiveWeights(logical_views(chain(self._model.named_parameters(), buffers)))
+        self._live = LiveWeights(live_tensors(self._model))
         self.subscriber = Subscriber(log, self._live)
         self.last_commit: CommitStats | None = None
         self._staged: Staged | None = None
@@ -199,6 +196,14 @@ class HFEngine:
                     f"request {r.request_id}: max_new_tokens must be at least 1 and temperature "
                     f"finite and not negative, got {r.max_new_tokens} and {r.temperature}"
                 )
+
+
+def live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Views on all that save_pretrained would write: parameters and saved buffers, each once."""
+    # not the state dict itself: it names a tied weight twice, and a delta applies once
+    saved = model.state_dict().keys()
+    buffers = ((name, b) for name, b in model.named_buffers() if name in saved)
+    return logical_views(chain(model.named_parameters(), buffers))
 
 
 def left_padded(prompts: list[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 from gossamer.comm.config import LogConfig
-from gossamer.comm.engines.hf import HFEngine, sample_tokens, uniforms, version_spans
+from gossamer.comm.engines.hf import (
+    HFEngine,
+    live_tensors,
+    sample_tokens,
+    uniforms,
+    version_spans,
+)
 from gossamer.comm.log import WeightLog
-from gossamer.comm.names import logical_views
 from gossamer.comm.publisher import Publisher, Rows
 from gossamer.comm.rollout import Request, VersionSpan
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 torch.set_num_threads(1)
@@ -46,7 +52,7 @@ class Trainer:
 
     def __init__(self, path):
         self.model = reference_model()
-        self.state = logical_views(self.model.named_parameters())
+        self.state = live_tensors(self.model)
         self.log = WeightLog.open(path, run_id="test", create=True)
         epoch = self.log.claim_epoch()
         self.publisher = Publisher(
@@ -135,11 +141,34 @@ def test_a_sample_stops_at_eos_and_the_rest_goes_on(engine, trainer):
         assert sample.token_ids == tokens[:stop] and sample.finished == (third in tokens)
 
 
-def test_live_weights_are_all_the_weights_and_bf16(engine):
-    live = logical_views(engine._model.named_parameters())
+TIED = {**MODEL, "model_type": "qwen3", "tie_word_embeddings": True}
+WITH_BUFFER = {
+    **MODEL,
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+
+
+@pytest.mark.parametrize("config", [MODEL, TIED, WITH_BUFFER], ids=lambda c: c["model_type"])
+def test_live_tensors_are_what_save_pretrained_writes(tmp_path, config):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    live = live_tensors(model)
+    assert live.keys() == saved.keys()
     assert {t.dtype for t in live.values()} == {torch.bfloat16}
-    saved = {t.data_ptr(): t.nbytes for t in engine._model.state_dict().values()}
-    assert sum(t.nbytes for t in live.values()) == sum(saved.values())
+    assert len({t.data_ptr() for t in live.values()}) == len(live)
+    storages = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
+    assert {t.untyped_storage().data_ptr() for t in live.values()} == storages
 
 
 def test_commit_lands_between_two_decode_steps(engine, trainer):
@@ -183,7 +212,7 @@ def test_engine_follows_several_deltas_exactly(engine, trainer):
         engine.stage(trainer.publish(step))
         assert engine.commit() == trainer.log.head()
         assert engine.last_commit.num_changed > 0
-        live = logical_views(engine._model.named_parameters())
+        live = live_tensors(engine._model)
         for name, tensor in trainer.state.items():
             assert torch.equal(live[name].view(torch.int16), tensor.view(torch.int16)), name
         assert engine.audit() == trainer.log.manifest(engine.version).state_hash
