@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from typing import Self
 
 import numpy as np
@@ -86,20 +87,21 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack(
-    rows: Sequence[Sequence[Document]], seq_len: int
+    documents: Sequence[Document], rows: Sequence[Sequence[int]], seq_len: int
 ) -> tuple[TokenBatch, list[tuple[int, slice]]]:
-    """Lays the documents of each row one after the other.
+    """Lays documents into rows.
 
-    Returns the batch, and for each document, row by row, its row and the places that predict its
-    learned tokens.
+    rows: the numbers of the documents of each row, as first_fit gives them.
+    Returns the batch, and for each laid document, row by row, its row and the places that predict
+    its learned tokens.
     """
     token_ids_BS = np.zeros((len(rows), seq_len), dtype=np.int64)
     position_ids_BS = np.zeros_like(token_ids_BS)
     weights_BS = np.zeros(token_ids_BS.shape, dtype=np.float32)
     learned = []
-    for row, documents in enumerate(rows):
+    for row, items in enumerate(rows):
         start = 0
-        for document in documents:
+        for document in (documents[item] for item in items):
             stop = start + len(document.token_ids)
             token_ids_BS[row, start:stop] = document.token_ids
             position_ids_BS[row, start:stop] = np.arange(stop - start)
@@ -111,10 +113,10 @@ def pack(
     return TokenBatch.from_tensors([torch.from_numpy(array) for array in arrays]), learned
 
 
-def permutation(num: int, *words: int) -> np.ndarray:
+def permutation(num: int, *words: int | str) -> np.ndarray:
     """A random order of range(num), int64 [num], a pure function of (num, words).
 
     Sorts raw Philox output, whose stream numpy fixes for good; Generator's may change.
     """
-    random = np.random.Philox(np.random.SeedSequence(words))
-    return np.argsort(random.random_raw(num), kind="stable")
+    key = int.from_bytes(blake2b(repr(words).encode(), digest_size=16).digest(), "little")
+    return np.argsort(np.random.Philox(key=key).random_raw(num), kind="stable")

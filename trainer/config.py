@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from gossamer.comm.config import LogConfig
+from gossamer.parallel.config import ParallelConfig
+
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
@@ -136,6 +139,9 @@ class RLConfig:
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.28
     """The probability ratio is clipped above at 1 + clip_high."""
+    max_staleness: int = 0
+    """Versions that a sample may be behind the update that trains on it; 0 = on-policy, repeatable
+    bit for bit; 1 = engines sample the next batch while this one is trained."""
     importance_cap: float | None = None
     """When set: no clipped surrogate, but policy gradient weighted by min(ratio, cap)."""
 
@@ -166,8 +172,199 @@ class RLConfig:
             0.0 <= self.clip_low < 1.0,
             f"rl.clip_low is {self.clip_low}; expected a number from 0 to below 1",
         )
+        _require(
+            self.max_staleness >= 0,
+            f"rl.max_staleness is {self.max_staleness}; expected 0 or more",
+        )
         _require(self.clip_high >= 0.0, f"rl.clip_high is {self.clip_high}; expected 0 or more")
         _require(
             self.importance_cap is None or self.importance_cap > 0.0,
             f"rl.importance_cap is {self.importance_cap}; expected a positive number or null",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """A Hugging Face MoE model: its folder, or its config to build it at random from."""
+
+    path: str | None = None
+    """HF folder with config.json and safetensors; None builds `hf` with random weights."""
+    hf: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
+    """HF config fields, `model_type` among them; vocabulary and token ids come from the run's
+    tokenizer."""
+    router: str = "topk_softmax"
+    """A name in trainer/moe/router.py, or an import path `package.module:name`."""
+    balance_loss_coef: float = 0.001
+    """Weight of the load-balance loss (global-batch scope); 0 switches it off."""
+    attn_implementation: str = "sdpa"
+    """transformers' attention implementation: sdpa or eager."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.path is None) == bool(self.hf),
+            "model.path and model.hf: expected exactly one of them",
+        )
+        _require(
+            self.path is not None or "model_type" in self.hf,
+            "model.hf.model_type is missing; expected a Hugging Face model type such as qwen3_moe",
+        )
+        _require(
+            self.balance_loss_coef >= 0.0,
+            f"model.balance_loss_coef is {self.balance_loss_coef}; expected 0 or more",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW on float32 masters; the learning rate is a phase's."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled decay of matrices; vectors are never decayed."""
+    max_norm: float = 1.0
+    """The global gradient norm is clipped to this; 0 = no clipping."""
+
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0.0 <= value < 1.0, f"optim.{name} is {value}; expected 0 to below 1")
+        _require(self.eps > 0.0, f"optim.eps is {self.eps}; expected a positive number")
+        for name in ("weight_decay", "max_norm"):
+            value = getattr(self, name)
+            _require(value >= 0.0, f"optim.{name} is {value}; expected 0 or more")
+
+
+PHASE_KINDS = ("next_token", "grpo")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PhaseConfig:
+    """A stretch of steps with one loss and one learning-rate curve."""
+
+    name: str
+    """Shown in metrics: pretrain, warm_start, rl."""
+    kind: str
+    """next_token or grpo."""
+    max_steps: int
+    """Optimizer steps of this phase at most."""
+    lr: float
+    """Peak learning rate."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    final_lr_share: float = 1.0
+    """Cosine decay ends at this share of lr at max_steps; 1 = constant."""
+    until_exact_match: float | None = None
+    """Ends the phase early once greedy exact match on the dev problems reaches this."""
+    eval_every_steps: int = 25
+    """How often the dev problems are looked at (next_token phases with until_exact_match)."""
+
+    def __post_init__(self) -> None:
+        where = f"phases[{self.name}]"
+        _require(self.kind in PHASE_KINDS, f"{where}.kind is {self.kind}; expected {PHASE_KINDS}")
+        for name in ("max_steps", "eval_every_steps", "lr"):
+            value = getattr(self, name)
+            _require(value > 0, f"{where}.{name} is {value}; expected a positive number")
+        _require(
+            0 <= self.warmup_steps <= self.max_steps,
+            f"{where}.warmup_steps is {self.warmup_steps}; expected 0 to max_steps",
+        )
+        for name in ("final_lr_share", "until_exact_match"):
+            value = getattr(self, name)
+            _require(
+                value is None or 0.0 <= value <= 1.0,
+                f"{where}.{name} is {value}; expected a number from 0 to 1",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the whole training state is written, and how many are kept."""
+
+    every_steps: int = 50
+    """Optimizer steps between checkpoints; one is always written at the end of a phase."""
+    keep_last: int = 2
+    """Older checkpoints are removed once this many newer ones are whole."""
+
+    def __post_init__(self) -> None:
+        for name in ("every_steps", "keep_last"):
+            value = getattr(self, name)
+            _require(value >= 1, f"checkpoint.{name} is {value}; expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricsConfig:
+    """Where numbers go besides RUN_DIR/metrics.jsonl."""
+
+    wandb_mode: str = "offline"
+    """offline, online or disabled."""
+    wandb_project: str = "gossamer"
+    """Project name in wandb."""
+    expert_load_every_steps: int = 10
+    """Steps between records of tokens per expert."""
+
+    def __post_init__(self) -> None:
+        modes = ("offline", "online", "disabled")
+        _require(
+            self.wandb_mode in modes,
+            f"metrics.wandb_mode is {self.wandb_mode}; expected one of {modes}",
+        )
+        _require(
+            self.expert_load_every_steps >= 1,
+            f"metrics.expert_load_every_steps is {self.expert_load_every_steps}; expected >= 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """All that one replica needs to know to train."""
+
+    phases: tuple[PhaseConfig, ...]
+    """Run in order."""
+    model: ModelConfig
+    """The model."""
+    seed: int = 1
+    """Of weights, data order, prompts and sampling."""
+    micro_rows: int = 64
+    """Rows of one forward and backward pass on one rank; more rows accumulate gradients."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """Trained on the run's own text."""
+    task: TaskConfig | None = None
+    """The verifiable task; None = corpus text only."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Next-token batches."""
+    rl: RLConfig = field(default_factory=RLConfig)
+    """Used by grpo phases."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimizer."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the replica's ranks share the work."""
+    log: LogConfig = field(default_factory=LogConfig)
+    """The weight log that grpo phases publish to."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When the state is written."""
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    """Where numbers go."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.phases), "phases is empty; expected at least one phase")
+        _require(self.micro_rows >= 1, f"micro_rows is {self.micro_rows}; expected at least 1")
+        _require(self.seed >= 0, f"seed is {self.seed}; expected 0 or more")
+        needs_task = [p.name for p in self.phases if p.kind == "grpo" or p.until_exact_match]
+        _require(
+            self.task is not None or not needs_task,
+            f"phases {needs_task} need a task; expected a `task:` section",
+        )
+        _require(
+            self.task is not None or self.data.task_share == 0.0,
+            f"data.task_share is {self.data.task_share} without a task; expected 0",
+        )
+        experts = self.model.hf.get("num_experts")
+        _require(
+            not isinstance(experts, int) or experts % self.parallel.expert == 0,
+            f"parallel.expert={self.parallel.expert} does not divide model.hf.num_experts {experts}",
         )

@@ -10,19 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import chain
+from itertools import chain, islice
 from typing import Self
 
 import numpy as np
 import torch
+from gossamer.trainer.batch import Document, TokenBatch, first_fit, pack, permutation
+from gossamer.trainer.config import DataConfig
+from gossamer.trainer.task import Problem, answer_ids, prompt_ids
+from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
-
-from gossamer.trainer.batch import Document, TokenBatch, first_fit, pack, permutation
-from gossamer.trainer.config import DataConfig, TokenizerConfig
-from gossamer.trainer.corpus import first_chars, read_documents
-from gossamer.trainer.task import Problem, answer_ids, prompt_ids
-from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,30 +39,6 @@ class Source:
             head = [len(document.token_ids), document.learn_from]
             digest.update(np.array([*head, *document.token_ids], dtype="<i4").tobytes())
         return digest.hexdigest()
-
-
-def build_tokenizer(
-    problems: list[Problem], data: DataConfig, config: TokenizerConfig
-) -> Tokenizer:
-    """Trains the tokenizer half on task text (training problems), half on the corpus."""
-    half = config.train_chars // 2
-    task_text = first_chars((problem.text for problem in problems), half)
-    corpus_text = read_documents(data.corpus_path, config.train_chars - half)
-    return train_tokenizer(chain(task_text, corpus_text), config)
-
-
-def build_sources(
-    tokenizer: Tokenizer, problems: list[Problem], config: DataConfig
-) -> list[Source]:
-    """Task text at config.task_share of the rows, and the corpus at the rest, if there is any."""
-    share = config.task_share
-    sources = []
-    if share > 0:
-        sources.append(task_source(tokenizer, problems, share, config.answer_only))
-    if share < 1:
-        texts = read_documents(config.corpus_path, config.corpus_chars)
-        sources.append(corpus_source(tokenizer, texts, 1.0 - share, config.seq_len))
-    return sources
 
 
 def task_source(
@@ -123,7 +97,10 @@ class TokenStream(IterableDataset):
         return self
 
     def __next__(self) -> TokenBatch:
-        return pack([self._next_row() for _ in range(self._num_rows)], self._seq_len)[0]
+        rows = [self._next_row() for _ in range(self._num_rows)]
+        places = iter(range(sum(map(len, rows))))
+        numbers = [list(islice(places, len(row))) for row in rows]
+        return pack(list(chain.from_iterable(rows)), numbers, self._seq_len)[0]
 
     def state_dict(self) -> dict:
         """Where the stream is, and of what: JSON."""
@@ -163,7 +140,7 @@ class TokenStream(IterableDataset):
     def _plan(self, number: int, epoch: int) -> list[list[int]]:
         """The rows of one epoch of a source, as document numbers."""
         documents = self._sources[number].documents
-        order = permutation(len(documents), self._seed, number, epoch)
+        order = permutation(len(documents), self._sources[number].name, self._seed, epoch)
         lengths = [len(documents[item].token_ids) for item in order]
         return [[int(order[i]) for i in row] for row in first_fit(lengths, self._seq_len)]
 

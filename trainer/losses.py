@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from gossamer.trainer.batch import TokenBatch
 
 

@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
 from gossamer.trainer.config import TokenizerConfig
 from gossamer.trainer.corpus import first_chars
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIALS = ("<pad>", "<bos>", "<eos>")

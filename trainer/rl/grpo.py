@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
 from gossamer.comm.rollout import Sample
 from gossamer.trainer.batch import Document, TokenBatch, first_fit, pack
 from gossamer.trainer.config import RLConfig
@@ -103,7 +102,7 @@ def pack_samples(
     ]
     rows = first_fit([len(document.token_ids) for document in documents], seq_len)
     rows += [[] for _ in range(-len(rows) % rows_multiple)]
-    batch, learned = pack([[documents[item] for item in row] for row in rows], seq_len)
+    batch, learned = pack(documents, rows, seq_len)
     advantages_BS = torch.zeros_like(batch.weights_BS)
     behaviour_logprobs_BS = torch.zeros_like(batch.weights_BS)
     order = [item for row in rows for item in row]

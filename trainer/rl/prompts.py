@@ -26,7 +26,7 @@ def prompt_batch(seed: int, step: int, num_prompts: int, num_problems: int) -> l
             "problems; expected no more prompts than problems"
         )
     epoch, place = divmod(step, steps_per_epoch)
-    order = permutation(num_problems, seed, epoch)
+    order = permutation(num_problems, "prompts", seed, epoch)
     return order[place * num_prompts : (place + 1) * num_prompts].tolist()
 
 

@@ -1,0 +1,344 @@
+"""The Engine seam on DeepSpeed: ZeRO stages 0, 1 and 2 with expert parallelism of our own.
+
+The one idea: DeepSpeed reduces gradients, shards optimizer state and gathers weights; what it holds
+is read and written here, and only here, as rows of logical tensors. Losses are sums that the caller
+has divided by the global token count, so DeepSpeed's mean over the world is undone by a factor.
+
+ZeRO: Rajbhandari et al., 2020 (arXiv 1910.02054).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups as deepspeed_groups
+from gossamer.parallel.config import ParallelConfig
+from gossamer.parallel.dims import ParallelDims
+from gossamer.parallel.engine import Owned, ReadRows
+from gossamer.parallel.flat_layout import FlatLayout, Run, Segment
+from torch import Tensor, nn
+
+LogicalSegments = dict[str, list[tuple[str, tuple[int, ...]]]]
+"""Parameter name -> the logical tensors (name, shape) it is made of, in memory order."""
+
+
+@dataclass(frozen=True, slots=True)
+class _StateGroup:
+    """One parameter group: its layout, this rank's shard of it and the ranks that share it."""
+
+    layout: FlatLayout
+    parameter: nn.Parameter
+    """The flat master shard that the optimizer updates."""
+    local_start: int
+    local_stop: int
+    partition: int
+    process_group: dist.ProcessGroup | None
+    is_replicated: bool
+    """Stage 0: every rank of the group holds all of it."""
+
+
+class DeepSpeedEngine:
+    """See Engine. One engine per process: DeepSpeed's groups and hooks are global."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        expert_blocks: Iterable[nn.Module],
+        segments: LogicalSegments,
+        dims: ParallelDims,
+        config: ParallelConfig,
+        build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+        decays: Callable[[str, Tensor], bool],
+    ) -> None:
+        self.num_updates = 0
+        self._dims, self._stage = dims, config.zero_stage
+        _mark_expert_parallel(list(expert_blocks), dims)
+        optimizer = build_optimizer(_parameter_groups(module, decays))
+        self._parameters = dict(module.named_parameters())
+        self._engine = _initialize(module, optimizer, config)
+        self.module: nn.Module = self._engine
+        self._optimizer = optimizer
+        self._states = list(
+            self._zero_states(segments) if self._stage else self._replicated_states(segments)
+        )
+        local = [s.name for state in self._states for s in state.layout.segments]
+        self._name_index = {name: i for i, name in enumerate(_names_of_all_ranks(local))}
+
+    # --- training -------------------------------------------------------------------------------
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        self._engine.backward(loss * self._dims.world_size, scale_wrt_gas=False)
+        if not is_last:
+            self._engine.step()
+
+    def step(self, lr: float, max_norm: float) -> float:
+        norm = self._gradient_norm()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the gradient norm is {norm}; expected a finite number")
+        if max_norm and norm > max_norm:
+            for _, gradient in self._gradients():
+                gradient.mul_(max_norm / norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        self.num_updates += 1
+        return norm
+
+    def _gradients(self) -> Iterator[tuple[tuple[_StateGroup, int], Tensor]]:
+        """((group, flat offset), gradient) for every piece of gradient this rank keeps."""
+        for index, state in enumerate(self._states):
+            if self._stage == 0:
+                gradient = state.parameter.grad
+                if gradient is not None:
+                    yield (state, 0), gradient
+                continue
+            start = state.local_start
+            for piece in self._engine.optimizer.averaged_gradients[index]:
+                yield (state, start), piece
+                start += piece.numel()
+
+    def _gradient_norm(self) -> float:
+        """Norm over logical tensors, each summed in float64, added in name order on every rank."""
+        square_by_name = torch.zeros(len(self._name_index), dtype=torch.float64)
+        for (state, start), gradient in self._gradients():
+            if state.is_replicated and state.partition != 0:
+                continue
+            flat = gradient.detach().view(-1)
+            for segment in state.layout.segments:
+                low, high = max(segment.start, start), min(segment.stop, start + flat.numel())
+                if low < high:
+                    piece = flat[low - start : high - start].double()
+                    square_by_name[self._name_index[segment.name]] += piece.square().sum()
+        dist.all_reduce(square_by_name)
+        return sum(square_by_name.tolist()) ** 0.5
+
+    # --- state ----------------------------------------------------------------------------------
+
+    def owned(self, with_moments: bool) -> Iterator[Owned]:
+        for state in self._states:
+            for run in state.layout.runs():
+                tensors = self._gather_run(state, run, with_moments)
+                if tensors is None:
+                    continue
+                rows = (run.row_stop - run.row_start, *run.segment.shape[1:])
+                shaped = {key: flat.view(rows) for key, flat in tensors.items()}
+                master = shaped.pop("master")
+                yield Owned(
+                    run.segment.name, run.segment.shape, run.row_start, run.row_stop, master, shaped
+                )
+
+    def write(self, read: ReadRows, num_updates: int) -> None:
+        for state in self._states:
+            if num_updates:
+                self._create_moments(state, num_updates)
+            for segment in state.layout.segments:
+                rows = state.layout.rows_in(segment, state.local_start, state.local_stop)
+                if rows is None:
+                    continue
+                source = read(segment.name, *rows)
+                if source.shape != segment.shape:
+                    raise ValueError(
+                        f"{segment.name} has shape {source.shape} where it is read from; expected"
+                        f" {segment.shape} as in the model"
+                    )
+                first = segment.start + rows[0] * segment.row_elements
+                for key, target in self._buffers(state, with_moments=num_updates > 0).items():
+                    values = source.master if key == "master" else source.moments[key]
+                    low = max(first, state.local_start)
+                    high = min(first + values.numel(), state.local_stop)
+                    target[low - state.local_start : high - state.local_start].copy_(
+                        values.reshape(-1)[low - first : high - first]
+                    )
+        self.num_updates = num_updates
+        if self._stage:
+            self._engine.optimizer.update_lp_params()
+
+    def _buffers(self, state: _StateGroup, with_moments: bool) -> dict[str, Tensor]:
+        """This rank's flat shard of masters and, if asked for and there, of moments."""
+        buffers = {"master": state.parameter.detach().view(-1)}
+        if with_moments:
+            moments = self._optimizer.state.get(state.parameter, {})
+            buffers |= {k: moments[k].view(-1) for k in ("exp_avg", "exp_avg_sq") if k in moments}
+        return buffers
+
+    def _create_moments(self, state: _StateGroup, num_updates: int) -> None:
+        self._optimizer.state[state.parameter] = {
+            "step": torch.tensor(float(num_updates)),
+            "exp_avg": torch.zeros_like(state.parameter),
+            "exp_avg_sq": torch.zeros_like(state.parameter),
+        }
+
+    def _gather_run(
+        self, state: _StateGroup, run: Run, with_moments: bool
+    ) -> dict[str, Tensor] | None:
+        """The run's flat tensors on its owner, None elsewhere; moves pieces that lie elsewhere."""
+        buffers, mine = self._buffers(state, with_moments), state.partition
+        if state.is_replicated:
+            local = slice(run.start, run.stop)
+            return {k: b[local] for k, b in buffers.items()} if run.owner == mine else None
+        pieces = state.layout.pieces(run.start, run.stop)
+        if len(pieces) == 1:
+            local = slice(run.start - state.local_start, run.stop - state.local_start)
+            return {k: b[local] for k, b in buffers.items()} if run.owner == mine else None
+
+        parts: list[Tensor] = []
+        for partition, start, stop in pieces:
+            local = slice(start - state.local_start, stop - state.local_start)
+            if partition == mine:
+                held = torch.stack([b[local] for b in buffers.values()])
+                if partition == run.owner:
+                    parts.append(held)
+                else:
+                    dist.send(held, group_dst=run.owner, group=state.process_group)
+            elif mine == run.owner:
+                received = buffers["master"].new_empty((len(buffers), stop - start))
+                dist.recv(received, group_src=partition, group=state.process_group)
+                parts.append(received)
+        if mine != run.owner:
+            return None
+        return dict(zip(buffers, torch.cat(parts, dim=1), strict=True))
+
+    def _zero_states(self, segments: LogicalSegments) -> Iterator[_StateGroup]:
+        """State groups of DeepSpeed's stage 1 and 2 optimizer."""
+        zero, names = self._engine.optimizer, {id(p): n for n, p in self._parameters.items()}
+        for i, parameters in enumerate(zero.round_robin_bit16_groups):
+            placed: list[Segment] = []
+            for parameter, offset in zip(
+                parameters, zero.round_robin_bit16_offsets[i], strict=True
+            ):
+                placed += _place(segments[names[id(parameter)]], offset)
+            size, group = int(zero.partition_size[i]), zero.real_dp_process_group[i]
+            partition = dist.get_rank(group)
+            yield _StateGroup(
+                layout=FlatLayout(tuple(placed), size),
+                parameter=zero.single_partition_of_fp32_groups[i],
+                local_start=partition * size,
+                local_stop=(partition + 1) * size,
+                partition=partition,
+                process_group=group,
+                is_replicated=False,
+            )
+
+    def _replicated_states(self, segments: LogicalSegments) -> Iterator[_StateGroup]:
+        """State groups without ZeRO: one per parameter, the same on every rank that holds it."""
+        for name, parameter in self._parameters.items():
+            is_expert = getattr(parameter, "allreduce", True) is False
+            group = (
+                deepspeed_groups._get_expert_data_parallel_group(parameter.group_name)
+                if is_expert
+                else dist.group.WORLD
+            )
+            yield _StateGroup(
+                layout=FlatLayout(
+                    tuple(_place(segments[name], 0)),
+                    -(-parameter.numel() // dist.get_world_size(group)),
+                ),
+                parameter=parameter,
+                local_start=0,
+                local_stop=parameter.numel(),
+                partition=dist.get_rank(group),
+                process_group=group,
+                is_replicated=True,
+            )
+
+
+def _place(logical: list[tuple[str, tuple[int, ...]]], offset: int) -> list[Segment]:
+    placed: list[Segment] = []
+    for name, shape in logical:
+        placed.append(Segment(name, shape, placed[-1].stop if placed else offset))
+    return placed
+
+
+def _names_of_all_ranks(names: Iterable[str]) -> list[str]:
+    """Sorted logical names over all ranks, which hold different experts. A collective call."""
+    mine = torch.frombuffer(bytearray("\n".join(names).encode()), dtype=torch.uint8)
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+    sizes[dist.get_rank()] = len(mine)
+    dist.all_reduce(sizes)
+    longest = int(sizes.max())
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: len(mine)] = mine
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    texts = [bytes(g[:n].tolist()).decode() for g, n in zip(gathered, sizes.tolist(), strict=True)]
+    return sorted({name for text in texts for name in text.split("\n")})
+
+
+def _parameter_groups(
+    module: nn.Module, decays: Callable[[str, Tensor], bool]
+) -> list[dict[str, Any]]:
+    """Dense and expert parameters apart (DeepSpeed reduces them apart), decayed or not apart."""
+    found: dict[tuple[str, bool], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        expert_group = getattr(parameter, "group_name", "")
+        key = (expert_group, decays(name, parameter))
+        group = found.setdefault(key, {"params": [], "name": expert_group or "dense"})
+        group["params"].append(parameter)
+        if expert_group:
+            group["moe"] = True
+        if not key[1]:
+            group["weight_decay"] = 0.0
+    return list(found.values())
+
+
+def _mark_expert_parallel(blocks: list[nn.Module], dims: ParallelDims) -> None:
+    """Makes DeepSpeed see expert-parallel blocks: it looks for its MoE class and parameter tags.
+
+    With EP=1 experts are reduced over the whole world like any other parameter: no marks.
+    """
+    if dims.expert == 1:
+        return
+    name = f"ep_size_{dims.expert}"
+    for block in blocks:
+        for parameter in block.experts.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = name  # type: ignore[attr-defined]
+        block.__class__ = _marked_class(type(block))
+        block.ep_size, block.expert_group_name = dims.expert, name
+        block.num_local_experts = len(dims.local_experts(block.num_experts))
+
+
+def _marked_class(block_class: type[nn.Module]) -> type[nn.Module]:
+    def set_deepspeed_parallelism(self: nn.Module, data_first: bool = False) -> None:
+        if self.expert_group_name not in deepspeed_groups._get_expert_parallel_group_dict():
+            deepspeed_groups._create_expert_and_data_parallel(
+                self.ep_size, use_data_before_expert_parallel_=data_first
+            )
+
+    members = {"set_deepspeed_parallelism": set_deepspeed_parallelism}
+    return type(block_class.__name__, (block_class, MoE), members)
+
+
+def _initialize(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: ParallelConfig
+) -> deepspeed.DeepSpeedEngine:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # else it builds a shared-memory op at run time, which wants a C++ compiler and half a minute
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    settings = {
+        # sizes are ours: DeepSpeed only checks that they multiply
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": config.compute_dtype == "bfloat16"},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": config.reduce_bucket_elements,
+            "allgather_bucket_size": config.reduce_bucket_elements,
+            "overlap_comm": False,
+        },
+    }
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=settings, dist_init_required=False
+    )
+    return engine

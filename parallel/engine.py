@@ -1,0 +1,65 @@
+"""Engine: the seam between the loop and whoever owns parameters, gradients and optimizer state.
+
+The one idea: everything that leaves or enters the training state (checkpoints, weight deltas, outer
+sync, re-placement) speaks of rows of logical tensors under HF names, so nobody but the engine knows
+how the state is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+BAND_ROWS = 64
+"""Rows of a logical matrix that always have one owner; a vector has one owner as a whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """Rows [row_start, row_stop) of the logical tensor `name` of full `shape`."""
+
+    name: str
+    shape: tuple[int, ...]
+    row_start: int
+    row_stop: int
+    master: Tensor
+    """float32 (or float64) master weights, [rows, ...]."""
+    moments: dict[str, Tensor]
+    """Optimizer moments by name (exp_avg, exp_avg_sq), [rows, ...]; empty before the first step."""
+
+
+ReadRows = Callable[[str, int, int], Owned]
+"""(name, row_start, row_stop) -> those rows, wherever they are read from."""
+
+ENGINES = {"deepspeed": "gossamer.parallel.deepspeed_engine:DeepSpeedEngine"}
+
+
+class Engine(Protocol):
+    """Backward, optimizer step and the training state of one rank."""
+
+    module: nn.Module
+    """Call this, not the bare model: the engine may have to see every forward pass."""
+    num_updates: int
+    """Optimizer steps taken; Adam's bias correction depends on it, so a checkpoint holds it."""
+
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Adds the gradients of `loss` (this rank's share of a global SUM); reduces if last."""
+        ...
+
+    def step(self, lr: float, max_norm: float) -> float:
+        """Clips the summed gradient to max_norm (0 = no clipping), updates, returns its norm.
+
+        Raises FloatingPointError, with nothing updated, when the gradient is not finite.
+        """
+        ...
+
+    def owned(self, with_moments: bool) -> Iterator[Owned]:
+        """Every row this rank owns; over all ranks each row exactly once. A collective call."""
+        ...
+
+    def write(self, read: ReadRows, num_updates: int) -> None:
+        """Overwrites masters, moments and weights with what `read` returns. A collective call."""
+        ...

@@ -1,0 +1,154 @@
+"""Hugging Face models in and out: build or load, put our MoE block in place of theirs, export.
+
+The one idea: the model stays transformers' own but for the MoE blocks, whose parameters keep the
+checkpoint's names; so import, export and the weight log need no translation beyond views.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from gossamer.comm.names import logical_views
+from gossamer.parallel.dims import ParallelDims
+from gossamer.parallel.dispatch import Dispatcher
+from gossamer.trainer.config import ModelConfig
+from gossamer.trainer.import_path import resolve
+from gossamer.trainer.moe.block import MoEBlock, StepContext
+from gossamer.trainer.moe.experts import GroupedExperts
+from gossamer.trainer.moe.router import ROUTERS
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+HF_MOE_BLOCKS = (Qwen3MoeSparseMoeBlock,)
+
+
+@dataclass(frozen=True, slots=True)
+class MoEModel:
+    """A causal language model whose MoE blocks are ours."""
+
+    module: nn.Module
+    config: PretrainedConfig
+    blocks: list[MoEBlock]
+    """In layer order."""
+    context: StepContext
+    segments: dict[str, list[tuple[str, tuple[int, ...]]]]
+    """Parameter name -> logical tensors (name, shape) it is made of, in memory order."""
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(all, active for one token) of the whole model, over all expert-parallel ranks."""
+        total = active = 0
+        for name, parameter in self.module.named_parameters():
+            if ".experts." in name:
+                block = self.blocks[0]
+                whole = parameter.numel() // parameter.shape[0] * block.num_experts
+                total += whole
+                active += whole * block.gate.top_k // block.num_experts
+            else:
+                total += parameter.numel()
+                active += parameter.numel()
+        return total, active
+
+
+def hf_config(config: ModelConfig, overrides: dict[str, int]) -> PretrainedConfig:
+    """The Hugging Face config that `config` and the tokenizer's `overrides` describe."""
+    if config.path is not None:
+        if not (Path(config.path) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model.path={config.path} has no config.json; expected a Hugging Face folder"
+            )
+        return AutoConfig.from_pretrained(config.path)
+    fields = dict(config.hf)
+    return AutoConfig.for_model(fields.pop("model_type"), **{**fields, **overrides})
+
+
+def build_model(
+    config: ModelConfig, hf: PretrainedConfig, dims: ParallelDims, seed: int
+) -> MoEModel:
+    """Builds or loads the model in float32 and keeps this rank's experts.
+
+    Every rank draws the same random weights from `seed`, so the start does not depend on EP.
+    Raises ValueError for a model without MoE blocks we know, or experts that EP does not divide.
+    """
+    torch.manual_seed(seed)
+    if config.path is not None:
+        module = AutoModelForCausalLM.from_pretrained(
+            config.path, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+    else:
+        module = AutoModelForCausalLM.from_config(
+            hf, dtype=torch.float32, attn_implementation=config.attn_implementation
+        )
+    context = StepContext()
+    blocks: list[MoEBlock] = []
+    for name, block in list(module.named_modules()):
+        if isinstance(block, HF_MOE_BLOCKS):
+            ours = _swap(block, config, dims, context)
+            module.set_submodule(name, ours)
+            blocks.append(ours)
+    if not blocks:
+        raise ValueError(
+            f"model type {hf.model_type} has no MoE block that gossamer knows; expected qwen3_moe"
+        )
+    offset = dims.local_experts(blocks[0].num_experts).start
+    segments = logical_segments(module, offset)
+    return MoEModel(module, hf, blocks, context, segments)
+
+
+def _swap(
+    block: nn.Module, config: ModelConfig, dims: ParallelDims, context: StepContext
+) -> MoEBlock:
+    build_router = resolve(config.router, ROUTERS, "model.router")
+    dispatcher = Dispatcher(dims, block.experts.num_experts)
+    mine = dims.local_experts(block.experts.num_experts)
+    local = slice(mine.start, mine.stop)
+    experts = GroupedExperts(
+        block.experts.gate_up_proj.detach()[local].clone(),
+        block.experts.down_proj.detach()[local].clone(),
+    )
+    gate = build_router(
+        block.gate.weight.detach().clone(), block.gate.top_k, block.gate.norm_topk_prob
+    )
+    return MoEBlock(gate, experts, dispatcher, context, config.balance_loss_coef > 0)
+
+
+def logical_segments(
+    module: nn.Module, expert_offset: int
+) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Which logical tensors each parameter is made of, in memory order."""
+    segments: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name, parameter in module.named_parameters():
+        views = logical_views([(name, parameter)], expert_offset)
+        ordered = sorted(views.items(), key=lambda item: item[1].storage_offset())
+        segments[name] = [(logical, tuple(view.shape)) for logical, view in ordered]
+        assert sum(math.prod(shape) for _, shape in segments[name]) == parameter.numel()
+    return segments
+
+
+def export_hf(
+    folder: Path,
+    config: PretrainedConfig,
+    weights: dict[str, Tensor],
+    write_tokenizer: Callable[[Path], None] | None = None,
+) -> None:
+    """Writes a Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    `weights`: logical tensors under checkpoint names, of one dtype; bytes are kept as they are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    dtype = next(iter(weights.values())).dtype
+    described = config.to_dict() | {
+        "architectures": [type(AutoModelForCausalLM.from_config(config)).__name__],
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True))
+    if write_tokenizer is not None:
+        write_tokenizer(folder)

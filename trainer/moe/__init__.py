@@ -1,0 +1,1 @@
+"""The mixture-of-experts block: router, experts, and the block that joins them by dispatch."""

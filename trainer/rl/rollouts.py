@@ -1,0 +1,135 @@
+"""Rollout batches: asked for ahead of time, scored, and packed for the policy loss.
+
+The one idea: after version v is published, the batch of the update that may be `max_staleness`
+versions later is asked for, to be sampled on v or newer. So staleness is bounded by when a batch is
+asked for, and with 0 there is exactly one version that can make it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from gossamer.comm.rollout import Request, Sample
+from gossamer.trainer.config import TrainConfig
+from gossamer.trainer.import_path import resolve
+from gossamer.trainer.rl.grpo import PolicyBatch, group_advantages, pack_samples
+from gossamer.trainer.rl.prompts import prompt_batch, requests_for
+from gossamer.trainer.rl.reward import REWARDS, score_samples
+from gossamer.trainer.task import Problem, TaskProblems, prompt_ids
+from gossamer.trainer.tokenizer import Tokenizer
+
+EVAL_UNIT = 256
+"""Held-out problems of one rollout unit."""
+
+
+class RolloutSource(Protocol):
+    """Whoever runs rollout engines for the trainer."""
+
+    def submit(self, batch: str, units: list[list[Request]], oldest_version: int) -> None:
+        """Queues a batch; each unit is run whole by one engine at oldest_version or newer."""
+        ...
+
+    def collect(self, batch: str) -> list[Sample]:
+        """Waits for the batch; samples in the order of its units."""
+        ...
+
+    def audit(self, version: int) -> dict[str, str]:
+        """Brings every engine to `version`; state hash of the live weights by engine name."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutStatistics:
+    """Of one batch."""
+
+    reward_mean: float
+    reward_std: float
+    staleness_mean: float
+    """Versions between the one that the batch's update starts from and a token's, mean."""
+    completion_tokens: int
+
+
+class RolloutBatches:
+    """The trainer's side of rollouts (rank 0 only)."""
+
+    def __init__(
+        self,
+        source: RolloutSource,
+        tokenizer: Tokenizer,
+        problems: TaskProblems,
+        config: TrainConfig,
+        rows_multiple: int,
+    ) -> None:
+        self._source, self._tokenizer, self._config = source, tokenizer, config
+        self._problems, self._rows_multiple = problems, rows_multiple
+        self._reward = resolve(config.rl.reward, REWARDS, "rl.reward")
+        self._asked: dict[int, list[Problem]] = {}
+
+    def ask_ahead(self, phase_step: int, version: int) -> None:
+        """Asks for every batch that `version`, on which `phase_step` starts, entitles us to."""
+        rl = self._config.rl
+        for ahead in range(phase_step, phase_step + rl.max_staleness + 1):
+            if ahead in self._asked:
+                continue
+            train, seed = self._problems.train, self._config.seed
+            numbers = prompt_batch(seed, ahead, rl.prompts_per_step, len(train))
+            problems = [train[number] for number in numbers]
+            prompts = {p.problem_id: prompt_ids(self._tokenizer, p) for p in problems}
+            self._source.submit(str(ahead), requests_for(ahead, seed, prompts, rl), version)
+            self._asked[ahead] = problems
+
+    def collect(self, phase_step: int, version: int) -> tuple[PolicyBatch, RolloutStatistics]:
+        """Waits for the batch of update `phase_step` of the phase, which starts from `version`."""
+        rl, problems = self._config.rl, self._asked.pop(phase_step)
+        samples = self._source.collect(str(phase_step))
+        each = [problem for problem in problems for _ in range(rl.samples_per_prompt)]
+        answers = [problem.answer for problem in each]
+        scores = score_samples(self._reward, self._tokenizer, samples, answers)
+        rewards_PG = torch.tensor(scores).view(len(problems), rl.samples_per_prompt)
+        batch = pack_samples(
+            samples,
+            [prompt_ids(self._tokenizer, problem) for problem in each],
+            group_advantages(rewards_PG, rl.normalise_by_std).flatten().tolist(),
+            rl.seq_len,
+            self._rows_multiple,
+        )
+        tokens = sum(len(sample.token_ids) for sample in samples)
+        behind = sum(
+            (version - span.version) * (span.stop - span.start)
+            for sample in samples
+            for span in sample.spans
+        )
+        return batch, RolloutStatistics(
+            reward_mean=float(rewards_PG.mean()),
+            reward_std=float(rewards_PG.std(dim=1, correction=0).mean()),
+            staleness_mean=behind / max(1, tokens),
+            completion_tokens=tokens,
+        )
+
+    def heldout_exact_match(self, version: int) -> tuple[float, int]:
+        """Greedy exact match of the engines at `version`, and how many held-out problems."""
+        heldout, rl = self._problems.heldout, self._config.rl
+        requests = [
+            Request(
+                request_id=f"heldout/{problem.problem_id}",
+                prompt_ids=tuple(prompt_ids(self._tokenizer, problem)),
+                max_new_tokens=rl.max_new_tokens,
+                temperature=0.0,
+                key=(self._config.seed, problem.problem_id),
+            )
+            for problem in heldout
+        ]
+        units = [requests[i : i + EVAL_UNIT] for i in range(0, len(requests), EVAL_UNIT)]
+        batch = f"heldout-{version}"
+        self._source.submit(batch, units, version)
+        answers = [problem.answer for problem in heldout]
+        reward = resolve("exact_match", REWARDS, "rl.reward")
+        samples = self._source.collect(batch)
+        scores = score_samples(reward, self._tokenizer, samples, answers)
+        return sum(scores) / len(heldout), len(heldout)
+
+    def audit(self, version: int) -> dict[str, str]:
+        """State hash of every engine's live weights at `version`."""
+        return self._source.audit(version)

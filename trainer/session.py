@@ -1,0 +1,310 @@
+"""A rank's session: everything the loop holds, built once and put back from a checkpoint.
+
+The one idea: `Progress`, the engine's rows and the data position are the whole state; the rest is
+rebuilt from the config. What crosses to rollout engines goes through the log alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gossamer.comm.log import WeightLog
+from gossamer.comm.publisher import Publisher, Rows
+from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
+from gossamer.parallel.dims import build_dims
+from gossamer.trainer.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
+from gossamer.trainer.config import PhaseConfig, TrainConfig
+from gossamer.trainer.data import task_source
+from gossamer.trainer.evaluate import greedy_exact_match
+from gossamer.trainer.feed import Feed
+from gossamer.trainer.metrics import EventLog, WandbMirror
+from gossamer.trainer.model import build_model, hf_config
+from gossamer.trainer.optim import build_adamw, decays, lr_at
+from gossamer.trainer.prepare import load_problems, load_run_tokenizer
+from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
+from gossamer.trainer.tokenizer import token_fields
+from gossamer.trainer.update import UpdateResult, update
+
+CHECKPOINTS, LOG = "checkpoints", "log"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlace:
+    """Where a run lives and which attempt at it this is."""
+
+    run_dir: Path
+    name: str
+    attempt: int = 1
+    resume_from: Path | None = None
+    """Checkpoint folder to go on from."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where the run stands."""
+
+    step: int = 0
+    """Optimizer updates done."""
+    phase_index: int = 0
+    phase_step: int = 0
+    """Updates done in the current phase."""
+
+
+class Session:
+    """One rank of a replica. Rank 0 alone reads data, talks to engines and writes numbers."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        place: RunPlace,
+        rollouts: RolloutSource | None,
+        on_checkpoint: Callable[[int], None],
+    ) -> None:
+        self.config, self.place, self.progress = config, place, Progress()
+        self.version: int | None = None
+        self._on_checkpoint = on_checkpoint
+        self._is_first_rank = dist.get_rank() == 0
+        checkpoint = Checkpoint(place.resume_from) if place.resume_from else None
+
+        tokenizer = load_run_tokenizer(place.run_dir)
+        problems = load_problems(place.run_dir) if config.task else None
+        self.dims = build_dims(config.parallel)
+        hf = hf_config(config.model, token_fields(tokenizer.vocab_size))
+        self.model = build_model(config.model, hf, self.dims, config.seed)
+        self.engine = DeepSpeedEngine(
+            self.model.module,
+            self.model.blocks,
+            self.model.segments,
+            self.dims,
+            config.parallel,
+            lambda groups: build_adamw(groups, config.optim),
+            decays,
+        )
+        self._log = WeightLog.open(place.run_dir / LOG, run_id=place.name, create=True)
+        self._epoch = self._claim_epoch()
+        self._publisher = Publisher(
+            self._log, self.dims.rank, self.dims.world_size, self._epoch, config.log
+        )
+        data_state = checkpoint.state["data"] if checkpoint else None
+        self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
+        self._dev = task_source(tokenizer, problems.dev, 1.0, True) if problems else None
+        self._rollout_statistics: RolloutStatistics | None = None
+        self._clock_s = self._wait_s = 0.0
+        if self._is_first_rank:
+            self._events = EventLog(place.run_dir)
+            self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
+        if checkpoint:
+            self._restore(checkpoint)
+
+    # --- the loop's steps -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Says who runs; a run that resumes inside a grpo phase publishes where it stands."""
+        total, active = self.model.num_parameters()
+        self._event(
+            "run_start",
+            name=self.place.name,
+            seed=self.config.seed,
+            attempt=self.place.attempt,
+            phases=[asdict(phase) for phase in self.config.phases],
+            params=total,
+            active_params=active,
+            data=self.dims.data,
+            ep_size=self.dims.expert,
+            zero_stage=self.config.parallel.zero_stage,
+            world_size=self.dims.world_size,
+            step=self.progress.step,
+        )
+        phase = self.phase()
+        if phase is not None and phase.kind == "grpo" and self.progress.phase_step:
+            self.publish(phase)
+        self._clock_s = time.perf_counter()
+
+    def phase(self) -> PhaseConfig | None:
+        """The current phase; None when all are done."""
+        index = self.progress.phase_index
+        return self.config.phases[index] if index < len(self.config.phases) else None
+
+    def begin_phase(self, phase: PhaseConfig) -> None:
+        """Before a phase's first update: a grpo phase publishes and measures where it starts."""
+        self._event("phase", phase=phase.name, kind=phase.kind, step=self.progress.step)
+        if phase.kind == "grpo":
+            self.publish(phase)
+            self._measure_heldout()
+        self._clock_s = time.perf_counter()
+
+    def update(self, phase: PhaseConfig) -> UpdateResult:
+        """Draws the next batch and learns from it."""
+        start_s = time.perf_counter()
+        batch, self._rollout_statistics = self._feed.draw(
+            phase, self.progress.phase_step, self.version
+        )
+        self._wait_s = time.perf_counter() - start_s
+        lr = lr_at(phase, self.progress.phase_step)
+        result = update(self.model, self.engine, self.dims, batch, lr, self.config)
+        self.progress.step += 1
+        self.progress.phase_step += 1
+        return result
+
+    def publish(self, phase: PhaseConfig) -> None:
+        """Publishes the weights as the log's next version and asks for the batches it allows."""
+        if phase.kind != "grpo":
+            return
+        is_takeover = self.version is None and self._log.head() is not None
+        dist.barrier()  # every rank has looked at the head before part 0 may move it
+        dtype = getattr(torch, self.config.log.publish_dtype)
+        rows = (
+            Rows(o.name, o.shape, o.row_start, o.master.to(dtype).contiguous())
+            for o in self.engine.owned(with_moments=False)
+        )
+        start_s = time.perf_counter()
+        published = self._publisher.publish(
+            rows, self.progress.step, self.progress.step if is_takeover else None
+        )
+        self.version = published.version
+        if self._is_first_rank:
+            manifest = self._log.manifest(published.version)
+            parts = manifest.delta or manifest.anchor
+            self._event(
+                "publish",
+                version=published.version,
+                step=self.progress.step,
+                kind="delta" if manifest.delta else "anchor",
+                frame_bytes=sum(part.nbytes for part in parts),
+                full_bytes=manifest.full_bytes,
+                density=manifest.num_changed / manifest.num_elements,
+                encode_s=published.encode_s,
+                publish_s=time.perf_counter() - start_s,
+            )
+            if self.progress.phase_step < phase.max_steps and self._feed.rollouts:
+                self._feed.rollouts.ask_ahead(self.progress.phase_step, published.version)
+
+    def record(self, phase: PhaseConfig, result: UpdateResult) -> None:
+        """Writes the update's numbers."""
+        now_s = time.perf_counter()
+        step_s, self._clock_s = now_s - self._clock_s, now_s
+        fields = asdict(result)
+        if self.progress.step % self.config.metrics.expert_load_every_steps:
+            del fields["expert_load"]
+        if self._rollout_statistics is not None:
+            fields |= asdict(self._rollout_statistics)
+        self._event(
+            "train_step",
+            phase=phase.name,
+            step=self.progress.step,
+            phase_step=self.progress.phase_step,
+            lr=lr_at(phase, self.progress.phase_step - 1),
+            step_s=step_s,
+            wait_s=self._wait_s,
+            tokens_per_s=result.tokens / step_s,
+            **fields,
+        )
+
+    def is_phase_done(self, phase: PhaseConfig) -> bool:
+        """Out of steps, or good enough on the dev problems."""
+        done = self.progress.phase_step >= phase.max_steps
+        is_due = self.progress.phase_step % phase.eval_every_steps == 0 or done
+        if phase.kind == "next_token" and phase.until_exact_match is not None and is_due:
+            exact = greedy_exact_match(self.model, self.dims, self._dev, self.config.data.seq_len)
+            problems = len(self._dev.documents)
+            self._event_eval("dev", exact, problems)
+            done = done or exact >= phase.until_exact_match
+        return done
+
+    def end_phase(self, phase: PhaseConfig) -> None:
+        """After a phase's last update: measure, move on, and write it all down."""
+        if phase.kind == "grpo":
+            self._measure_heldout()
+        self.progress.phase_index += 1
+        self.progress.phase_step = 0
+        self.checkpoint()
+
+    def is_checkpoint_due(self) -> bool:
+        return self.progress.step % self.config.checkpoint.every_steps == 0
+
+    def checkpoint(self) -> None:
+        """Writes the whole state. Refuses, as a stale writer, when a later attempt has begun."""
+        start_s = time.perf_counter()
+        if self._log.current_epoch() != self._epoch:
+            raise RuntimeError(
+                f"this is attempt {self._epoch} of the run, but attempt"
+                f" {self._log.current_epoch()} has begun; nothing was written"
+            )
+        state = {
+            "progress": asdict(self.progress),
+            "num_updates": self.engine.num_updates,
+            "data": self._feed.state(),
+            "log": {"version": self.version},
+            "world_size": self.dims.world_size,
+            "vocab_size": self.model.config.vocab_size,
+        }
+        root = self.place.run_dir / CHECKPOINTS
+        owned = self.engine.owned(with_moments=True)
+        _, num_bytes = write_checkpoint(root, self.progress.step, self._epoch, owned, state)
+        self._event(
+            "checkpoint",
+            step=self.progress.step,
+            version=self.version,
+            bytes=num_bytes,
+            write_s=time.perf_counter() - start_s,
+        )
+        if self._is_first_rank:
+            prune_checkpoints(root, self.config.checkpoint.keep_last)
+        self._on_checkpoint(self.progress.step)
+
+    def finish(self) -> None:
+        """Has every engine prove that it holds the last version."""
+        if self._is_first_rank and self._feed.rollouts and self.version is not None:
+            expected = self._log.manifest(self.version).state_hash
+            for engine, found in self._feed.rollouts.audit(self.version).items():
+                self._event(
+                    "audit",
+                    engine=engine,
+                    version=self.version,
+                    state_hash=found,
+                    trainer_state_hash=expected,
+                    equal=found == expected,
+                )
+        self._event("run_end", reason="finished", step=self.progress.step)
+        if self._is_first_rank:
+            self._wandb.close()
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _claim_epoch(self) -> int:
+        """One epoch for all ranks, claimed by the first."""
+        epoch = torch.tensor(self._log.claim_epoch() if self._is_first_rank else 0)
+        dist.broadcast(epoch, src=0)
+        return int(epoch)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.progress = Progress(**checkpoint.state["progress"])
+        self.engine.write(checkpoint.read, checkpoint.state["num_updates"])
+        if self.dims.rank in checkpoint.rng:
+            torch.set_rng_state(checkpoint.rng[self.dims.rank])
+
+    def _measure_heldout(self) -> None:
+        if self._is_first_rank and self._feed.rollouts:
+            exact, problems = self._feed.rollouts.heldout_exact_match(self.version)
+            self._event_eval("heldout", exact, problems)
+
+    def _event_eval(self, name: str, exact_match: float, problems: int) -> None:
+        self._event(
+            "eval",
+            name=name,
+            step=self.progress.step,
+            version=self.version,
+            exact_match=exact_match,
+            problems=problems,
+        )
+
+    def _event(self, event: str, **fields: Any) -> None:  # noqa: ANN401
+        if self._is_first_rank:
+            self._events.write(event, fields)
+            self._wandb.write(event, self.progress.step, fields)
