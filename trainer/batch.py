@@ -118,5 +118,7 @@ def permutation(num: int, *words: int | str) -> np.ndarray:
 
     Sorts raw Philox output, whose stream numpy fixes for good; Generator's may change.
     """
-    key = int.from_bytes(blake2b(repr(words).encode(), digest_size=16).digest(), "little")
+    key = int.from_bytes(
+        blake2b("/".join(map(str, words)).encode(), digest_size=16).digest(), "little"
+    )
     return np.argsort(np.random.Philox(key=key).random_raw(num), kind="stable")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import chain, islice
 from typing import Self
 
 import numpy as np
@@ -97,10 +96,13 @@ class TokenStream(IterableDataset):
         return self
 
     def __next__(self) -> TokenBatch:
-        rows = [self._next_row() for _ in range(self._num_rows)]
-        places = iter(range(sum(map(len, rows))))
-        numbers = [list(islice(places, len(row))) for row in rows]
-        return pack(list(chain.from_iterable(rows)), numbers, self._seq_len)[0]
+        documents: list[Document] = []
+        rows = []
+        for _ in range(self._num_rows):
+            start = len(documents)
+            documents += self._next_row()
+            rows.append(range(start, len(documents)))
+        return pack(documents, rows, self._seq_len)[0]
 
     def state_dict(self) -> dict:
         """Where the stream is, and of what: JSON."""

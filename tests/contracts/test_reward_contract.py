@@ -4,7 +4,6 @@ import math
 import os
 
 import pytest
-
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.rl.reward import REWARDS
 

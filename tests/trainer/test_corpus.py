@@ -2,7 +2,6 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-
 from gossamer.trainer.corpus import first_chars, read_documents
 
 

@@ -3,30 +3,32 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from gossamer.trainer.batch import Document
 from gossamer.trainer.config import DataConfig, TokenizerConfig
+from gossamer.trainer.corpus import read_documents
 from gossamer.trainer.data import (
     Source,
     TokenStream,
     build_loader,
-    build_sources,
-    build_tokenizer,
     corpus_source,
     task_source,
 )
 from gossamer.trainer.task import Problem, answer_ids, prompt_ids
-from gossamer.trainer.tokenizer import BOS_ID, EOS_ID
+from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, train_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-CONFIG = DataConfig(seq_len=32, num_rows=4, task_share=0.75, corpus_chars=20_000)
+CONFIG = DataConfig(seq_len=32, num_rows=4, corpus_chars=20_000)
 PROBLEMS = [
     Problem(problem_id=i, question=f"What is {i} + {2 * i} =", answer=str(3 * i))
     for i in range(10, 60)
 ]
-TOKENIZER = build_tokenizer(PROBLEMS, CONFIG, TokenizerConfig(vocab_size=300, train_chars=50_000))
-SOURCES = build_sources(TOKENIZER, PROBLEMS, CONFIG)
+TEXTS = list(read_documents(None, CONFIG.corpus_chars))
+TOKENIZER = train_tokenizer([*(p.text for p in PROBLEMS), *TEXTS], TokenizerConfig(vocab_size=300))
+SOURCES = [
+    task_source(TOKENIZER, PROBLEMS, share=0.75, answer_only=False),
+    corpus_source(TOKENIZER, TEXTS, share=0.25, seq_len=CONFIG.seq_len),
+]
 
 
 def _take(batches, num):
@@ -116,11 +118,6 @@ def test_answer_only_weighs_answers():
         prompt, answer = (f(TOKENIZER, PROBLEMS[0]) for f in (prompt_ids, answer_ids))
         learned = batch.token_ids_BS.roll(-1, 1)[batch.weights_BS == 1].tolist()
         assert learned == (answer if answer_only else prompt[1:] + answer)
-
-
-def test_no_corpus_is_read_at_share_one():
-    config = replace(CONFIG, task_share=1.0, corpus_path="/no/such/folder")
-    assert [source.name for source in build_sources(TOKENIZER, PROBLEMS, config)] == ["task"]
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from gossamer.comm.rollout import Sample
 from gossamer.trainer.config import RLConfig
 from gossamer.trainer.losses import learned_logprobs
 from gossamer.trainer.rl.grpo import PolicyBatch, group_advantages, pack_samples, policy_loss
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 CONFIG = RLConfig(clip_low=0.2, clip_high=0.3)
 

@@ -1,7 +1,6 @@
 import math
 
 import pytest
-
 from gossamer.trainer.import_path import resolve
 
 REGISTRY = {"root": "math:sqrt", "broken": "math:no_such"}

@@ -2,12 +2,11 @@ import math
 
 import pytest
 import torch
-
 from gossamer.trainer.batch import Document, pack
 from gossamer.trainer.losses import learned_logprobs, next_token_loss_sum, token_logprobs
 
 DOCUMENTS = [Document(token_ids=[1, 2, 0]), Document(token_ids=[3, 1, 2], learn_from=2)]
-BATCH = pack([DOCUMENTS[:1], DOCUMENTS[1:], []], seq_len=4)[0]
+BATCH = pack(DOCUMENTS, [[0], [1], []], seq_len=4)[0]
 
 
 def _logits(dtype=torch.float32):

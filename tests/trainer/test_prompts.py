@@ -1,9 +1,8 @@
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
 from gossamer.trainer.config import RLConfig
 from gossamer.trainer.rl.prompts import prompt_batch, requests_for
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @given(st.integers(0, 2**40), st.integers(1, 9), st.integers(0, 30), st.integers(0, 3))

@@ -1,5 +1,4 @@
 import pytest
-
 from gossamer.comm.rollout import Sample
 from gossamer.trainer.config import TokenizerConfig
 from gossamer.trainer.rl.reward import exact_match, score_samples

@@ -2,11 +2,10 @@ import hashlib
 from dataclasses import replace
 
 import pytest
-
-from gossamer.trainer.config import DataConfig, TaskConfig, TokenizerConfig
-from gossamer.trainer.data import build_tokenizer
+from gossamer.trainer.config import TaskConfig, TokenizerConfig
+from gossamer.trainer.corpus import read_documents
 from gossamer.trainer.task import answer_ids, build_problems, prompt_ids, split_of
-from gossamer.trainer.tokenizer import BOS_ID, EOS_ID
+from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 
 DEFAULT = TaskConfig()
 PROBLEMS = build_problems(DEFAULT)
@@ -49,7 +48,8 @@ def test_answers_are_right_and_generation_repeats():
 
 
 def test_prompt_and_answer_tokens():
-    tokenizer = build_tokenizer(PROBLEMS.train, DataConfig(), TokenizerConfig())
+    texts = [problem.text for problem in PROBLEMS.train[:2000]]
+    tokenizer = train_tokenizer([*texts, *read_documents(None, 200_000)], TokenizerConfig())
     problem = PROBLEMS.train[0]
     prompt, answer = prompt_ids(tokenizer, problem), answer_ids(tokenizer, problem)
     assert prompt[0] == BOS_ID and answer[-1] == EOS_ID

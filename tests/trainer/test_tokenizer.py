@@ -3,11 +3,10 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from gossamer.trainer.config import TokenizerConfig
 from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, PAD_ID, load_tokenizer, train_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 TEXTS = [f"the answer to {i} + {i * 7} is {i * 8}\n" for i in range(200)]
 CONFIG = TokenizerConfig(vocab_size=270, train_chars=5000)
