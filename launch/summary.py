@@ -141,7 +141,7 @@ def summarise(run_dir: Path) -> Event:
     end_reason: of the last run_end, None for a run that runs still or was killed.
     reward_first, reward_last: exact_match of the first and last "heldout" eval of the RL phase;
         heldout_problems: how many problems the last one held.
-    loss_first, loss_last: mean loss of the first and last 10 steps of warm start or pre-training.
+    loss_first, loss_last: mean loss of the first and last 10 steps outside the RL phase.
     steps: train steps of every phase, each counted once; tokens: those they trained on.
     versions: published versions, once each; version_last: the newest.
     wire_bytes: their frames' bytes as written; full_bytes: the same versions as full copies in
@@ -159,7 +159,7 @@ def summarise(run_dir: Path) -> Event:
         raise ValueError(f"{Path(run_dir) / 'metrics.jsonl'}: holds no run_start event")
     ends = of_kind(raw[raw.index(starts[-1]) :], "run_end")
     steps = of_kind(events, "train_step")
-    losses = [e["loss"] for e in steps if e["phase"] in ("warm_start", "pretrain")]
+    losses = [e["loss"] for e in steps if e["phase"] != "rl"]
     heldout = rl_evals(events, "heldout")
     versions = {e["version"]: e for e in of_kind(raw, "publish")}
     version_last = max(versions, default=None)

@@ -34,7 +34,10 @@ class SyntheticRun:
             name="rl-sums",
             seed=7,
             attempt=attempt,
-            phases=["warm_start", "rl"],
+            phases=[
+                {"name": "warm_start", "max_steps": WARM_STEPS},
+                {"name": "rl", "max_steps": 60},
+            ],
             params=PARAMS,
             active_params=6_100_000,
             ep_size=2,
