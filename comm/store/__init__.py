@@ -1,0 +1,47 @@
+"""Stores: where a log's files lie. Names are relative, with `/` between folders."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+STORES = {"file": "gossamer.comm.store.local:LocalStore"}
+
+
+class Store(Protocol):
+    """Files that appear whole or not at all; made as `cls(url, create)`."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Writes a file that does not exist yet; False, and nothing written, where it does."""
+        ...
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes or replaces a file."""
+        ...
+
+    def get(self, name: str) -> bytes:
+        """A file's bytes. Raises FileNotFoundError naming it."""
+        ...
+
+    def list(self, prefix: str) -> list[str]:
+        """Sorted names of the files in the prefix's folder (`a/` of `a/b`) that begin with it."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """True once the file is whole."""
+        ...
+
+
+def open_store(url: str | Path, create: bool = False) -> Store:
+    """The store at `url`, `scheme://place` or a local path.
+
+    Raises ValueError for a scheme that STORES lacks, FileNotFoundError when the place does not
+    exist and `create` is False.
+    """
+    scheme, mark, _ = str(url).partition("://")
+    scheme = scheme if mark else "file"
+    if scheme not in STORES:
+        raise ValueError(f"store {url!r}: scheme {scheme!r} is not one of {', '.join(STORES)}")
+    module, attribute = STORES[scheme].split(":")
+    return getattr(import_module(module), attribute)(str(url), create)

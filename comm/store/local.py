@@ -1,0 +1,100 @@
+"""A local directory as a store.
+
+The one idea: bytes go to a temporary file beside the name and are fsynced; then a rename replaces,
+or a hard link creates and fails where the name is taken. No reader ever sees half a file.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+TEMPORARY = ".tmp-"
+
+
+class LocalStore:
+    """Files under one directory of a file system with hard links."""
+
+    def __init__(self, url: str, create: bool = False) -> None:
+        self.root = Path(url.removeprefix("file://")).absolute()
+        if create:
+            self.root.mkdir(parents=True, exist_ok=True)
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"store {self.root} is not a directory")
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See Store.create."""
+        path = self._path(name)
+        if path.exists():
+            return False
+        with _written_beside(path, data) as temporary:
+            try:
+                os.link(temporary, path)
+            except FileExistsError:
+                return False
+        _fsync_directory(path.parent)
+        return True
+
+    def put(self, name: str, data: bytes) -> None:
+        """See Store.put."""
+        path = self._path(name)
+        with _written_beside(path, data) as temporary:
+            os.replace(temporary, path)
+        _fsync_directory(path.parent)
+
+    def get(self, name: str) -> bytes:
+        """See Store.get."""
+        try:
+            return self._path(name).read_bytes()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{name} is missing from store {self.root}") from None
+
+    def list(self, prefix: str) -> list[str]:
+        """See Store.list."""
+        folder = self._path(prefix + "x").parent
+        names = (
+            path.relative_to(self.root).as_posix()
+            for path in (folder.iterdir() if folder.is_dir() else ())
+            if not path.name.startswith(TEMPORARY) and path.is_file()
+        )
+        return sorted(name for name in names if name.startswith(prefix))
+
+    def exists(self, name: str) -> bool:
+        """See Store.exists."""
+        return self._path(name).is_file()
+
+    def _path(self, name: str) -> Path:
+        parts = PurePosixPath(name).parts
+        if not parts or name.startswith("/") or ".." in parts:
+            raise ValueError(f"name {name!r} leaves store {self.root}")
+        return self.root.joinpath(*parts)
+
+
+@contextmanager
+def _written_beside(path: Path, data: bytes) -> Iterator[Path]:
+    """A temporary file of `data`, fsynced, in the folder of `path`; gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+    except OSError as error:
+        if error.filename is None:  # a full disk names no file
+            error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _fsync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
