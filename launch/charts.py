@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import plotly.graph_objects as go
 from gossamer.launch.quantities import format_bytes, format_percent
-from gossamer.launch.summary import Event, mean, of_kind, rl_evals
+from gossamer.launch.summary import Event, mean, of_kind, rl_evals, rl_phases
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
@@ -77,13 +77,13 @@ def loss_chart(settled: list[Event]) -> Chart:
     steps = of_kind(settled, "train_step")
     if not steps:
         return Chart(key="loss", title="Loss", note="No train step was recorded.")
-    phases = list(dict.fromkeys(e["phase"] for e in steps))
+    rl, phases = rl_phases(settled), list(dict.fromkeys(e["phase"] for e in steps))
     figure = make_subplots(cols=len(phases), horizontal_spacing=0.2)
     for col, phase in enumerate(phases, 1):
         own = of_kind(steps, "train_step", phase=phase)
         curve = line(column(own, "step"), column(own, "loss"), words(phase), BLUE)
         figure.add_trace(curve, row=1, col=col)
-        unit = "policy loss" if phase == "rl" else "cross-entropy (nats per token)"
+        unit = "policy loss" if phase in rl else "cross-entropy (nats per token)"
         figure.update_yaxes(title=unit, row=1, col=col)
         figure.update_xaxes(title=f"{words(phase)} step", row=1, col=col)
     note = "Each phase on its own axes; the losses of two phases are not comparable."

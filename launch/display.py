@@ -75,6 +75,9 @@ class RunState:
         match event["event"]:
             case "run_start":
                 self._start(event)
+            case "phase":
+                is_new, self.phase = event["phase"] != self.phase, event["phase"]
+                return is_new
             case "train_step":
                 is_new, self.phase = event["phase"] != self.phase, event["phase"]
                 first = self.first_step.setdefault(self.phase, event["step"])
@@ -107,7 +110,8 @@ class RunState:
     @property
     def steps(self) -> tuple[int, int | None]:
         """Steps done in this phase, and how many it has at most (None: unknown)."""
-        done = self.step["step"] - self.first_step[self.phase] + 1 if self.step else 0
+        begun = self.step.get("phase") == self.phase != ""
+        done = self.step["step"] - self.first_step[self.phase] + 1 if begun else 0
         return done, self.totals.get(self.phase)
 
     def elapsed_s(self, now_s: float) -> float | None:

@@ -21,6 +21,7 @@ Event = dict[str, Any]
 
 FIELDS = {
     "run_start": ("name", "seed"),
+    "phase": ("phase",),
     "train_step": ("phase", "step", "loss"),
     "publish": ("version", "kind", "frame_bytes", "full_bytes", "density"),
     "engine": ("engine", "what"),
@@ -104,13 +105,20 @@ def of_kind(events: list[Event], kind: str, /, **fields: object) -> list[Event]:
     return [e for e in events if all(e.get(k) == v for k, v in wanted.items())]
 
 
+def rl_phases(events: list[Event]) -> set[str]:
+    """Names of the phases whose kind, by run_start, is grpo; a phase named rl is one anyway."""
+    told = [p for e in of_kind(events, "run_start") for p in e.get("phases") or []]
+    return {"rl", *(p["name"] for p in told if isinstance(p, dict) and p.get("kind") == "grpo")}
+
+
 def rl_evals(events: list[Event], name: str) -> list[Event]:
     """The evals of the RL phase: those after the last train step of any other phase, the one
     before the first RL step included. Empty while there is no RL step. `events` are settled."""
     steps = [i for i, e in enumerate(events) if e["event"] == "train_step"]
-    if not steps or events[steps[-1]]["phase"] != "rl":
+    rl = rl_phases(events)
+    if not steps or events[steps[-1]]["phase"] not in rl:
         return []
-    start = max((i for i in steps if events[i]["phase"] != "rl"), default=0)
+    start = max((i for i in steps if events[i]["phase"] not in rl), default=0)
     return of_kind(events[start:], "eval", name=name)
 
 
@@ -135,8 +143,8 @@ def mean(values: list[float]) -> float | None:
 def summarise(run_dir: Path) -> Event:
     """summary.json's content. None means there was nothing to measure (or it was not finite).
 
-    name, seed, params, active_params, world_size, ep_size, zero_stage, engines: from the last
-        run_start.
+    name, seed, params, active_params, world_size, ep_size, zero_stage: from the last run_start.
+    engines: rollout engines that were ever heard of.
     attempts: how often the run was started; more than 1 says it was killed and resumed.
     end_reason: of the last run_end, None for a run that runs still or was killed.
     reward_first, reward_last: exact_match of the first and last "heldout" eval of the RL phase;
@@ -159,13 +167,15 @@ def summarise(run_dir: Path) -> Event:
         raise ValueError(f"{Path(run_dir) / 'metrics.jsonl'}: holds no run_start event")
     ends = of_kind(raw[raw.index(starts[-1]) :], "run_end")
     steps = of_kind(events, "train_step")
-    losses = [e["loss"] for e in steps if e["phase"] != "rl"]
+    rl = rl_phases(raw)
+    losses = [e["loss"] for e in steps if e["phase"] not in rl]
     heldout = rl_evals(events, "heldout")
     versions = {e["version"]: e for e in of_kind(raw, "publish")}
     version_last = max(versions, default=None)
     copied = ("name", "seed", "params", "active_params", "world_size", "ep_size", "zero_stage")
     return {
-        **{field: starts[-1].get(field) for field in (*copied, "engines")},
+        **{field: starts[-1].get(field) for field in copied},
+        "engines": len(live_engines(raw)),
         "attempts": len(starts),
         "end_reason": ends[-1].get("reason") if ends else None,
         "reward_first": heldout[0]["exact_match"] if heldout else None,

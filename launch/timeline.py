@@ -22,7 +22,7 @@ from gossamer.launch.charts import (
     styled,
     words,
 )
-from gossamer.launch.summary import Event, mean, of_kind
+from gossamer.launch.summary import Event, mean, of_kind, rl_phases
 from plotly.subplots import make_subplots
 
 
@@ -81,7 +81,7 @@ def held_versions(events: list[Event], engine: str) -> list[Span]:
 def phase_spans(events: list[Event]) -> list[Span]:
     """Stretches of train steps of one phase within one attempt."""
     spans: list[Span] = []
-    phase = None
+    rl, phase = rl_phases(events), None
     for event in events:
         if event["event"] == "run_start":
             phase = None
@@ -91,7 +91,7 @@ def phase_spans(events: list[Event]) -> list[Span]:
         if event["phase"] == phase:
             start_s = spans.pop().start_s
         phase = event["phase"]
-        tint = int(phase == "rl")
+        tint = int(phase in rl)
         spans.append(Span(start_s=start_s, stop_s=event["time_s"], label=words(phase), tint=tint))
     return spans
 
@@ -213,13 +213,13 @@ def throughput_chart(events: list[Event]) -> Chart:
     steps = [e for e in of_kind(events, "train_step") if e.get("tokens_per_s") is not None]
     if not steps:
         return Chart(key="throughput", title=title, note="No step recorded its throughput.")
+    rl = rl_phases(events)
     figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.1)
-    colors = {"rl": BLUE}
     for phase in dict.fromkeys(e["phase"] for e in steps):
         own = of_kind(steps, "train_step", phase=phase)
         x = [clock.at(e["time_s"]) for e in own]
         share = [100 * e.get("wait_s", 0.0) / e["step_s"] if e.get("step_s") else None for e in own]
-        color = colors.get(phase, MUTED)
+        color = BLUE if phase in rl else MUTED
         tokens_per_s = [e["tokens_per_s"] for e in own]
         figure.add_trace(dots(x, tokens_per_s, words(phase), color, size=4), row=1, col=1)
         waiting = dots(x, share, words(phase), color, size=4, showlegend=False)

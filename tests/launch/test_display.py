@@ -53,6 +53,16 @@ def test_steps_are_counted_within_the_phase_whatever_their_numbers():
     assert state.steps == (1, None)
 
 
+def test_a_phase_that_has_begun_is_shown_before_its_first_step():
+    state = RunState()
+    step = {"event": "train_step", "time_s": 0, "phase": "warm_start", "step": 1, "loss": 1}
+    assert state.take(step)
+    assert state.take({"event": "phase", "time_s": 0, "phase": "rl"})
+    assert (state.phase, state.steps) == ("rl", (0, None))
+    assert not state.take({**step, "phase": "rl", "step": 2})
+    assert state.steps == (1, None)
+
+
 def test_a_dead_engine_is_shown_dead_until_replaced(tmp_path):
     run = SyntheticRun(tmp_path)
     run.start(1)

@@ -71,6 +71,18 @@ def test_reward_is_that_of_heldout_problems_in_the_rl_phase(tmp_path):
     assert summary["heldout_problems"] == 9
 
 
+def test_a_phase_is_rl_by_its_kind_whatever_its_name(tmp_path):
+    run = SyntheticRun(tmp_path)
+    phases = [{"name": "sft", "kind": "next_token"}, {"name": "polish", "kind": "grpo"}]
+    run.add("run_start", name="x", seed=1, phases=phases)
+    run.add("train_step", phase="sft", step=1, loss=4.0)
+    run.eval(1)
+    run.add("train_step", phase="polish", step=2, loss=-9.0)
+    summary = summarise(tmp_path)
+    assert summary["loss_last"] == 4.0
+    assert summary["reward_first"] == summary["reward_last"] is not None
+
+
 def test_loss_is_a_mean_of_ten_steps_outside_rl(tmp_path):
     run = SyntheticRun(tmp_path)
     run.start(1)
