@@ -145,7 +145,8 @@ def test_on_policy_gradient_is_reinforce(temperature):
 
 
 def test_absurd_ratio_stays_finite():
-    logits, batch = _one_token(0.99, 1e-30, -1.0)
+    logits, batch = _one_token(0.99, 1e-300, -1.0)
+    logits = logits.detach().float().requires_grad_()
     loss = policy_loss(logits, batch, CONFIG)
     (gradient,) = torch.autograd.grad(loss.loss_sum, logits)
     assert torch.isfinite(loss.loss_sum) and torch.isfinite(gradient).all()
