@@ -61,6 +61,7 @@ class CommitStats:
     pause_s: float
     """Time in which the live tensors were written."""
     num_changed: int
+    """Elements written: the changed ones, or whole runs where an anchor changes most of them."""
 
 
 class LiveWeights:
@@ -89,7 +90,7 @@ class LiveWeights:
         if (manifest.version, manifest.state_hash) == (self.version, self._state_hash):
             return Staged(manifest, self.version, self._hashes, [], 0)
         try:
-            parts = [unpack_frame(data) for data in frames]
+            parts = [_unpack(manifest, data) for data in frames]
             kind = self._check_frames(manifest, parts, frames)
             runs = [run for part in parts for run in part.runs]
             for run in runs:
@@ -219,3 +220,13 @@ class LiveWeights:
             # a contiguous write is smaller and quicker than one place after another
             return Change(run.name, run.start, stop, None, whole)
         return Change(run.name, run.start, stop, positions.astype(np.uint32), new)
+
+
+def _unpack(manifest: Manifest, data: bytes) -> Frame:
+    """A frame, or a WireError that names its file."""
+    try:
+        return unpack_frame(data)
+    except WireError as error:
+        refs = [*manifest.delta, *manifest.anchor]
+        names = [ref.name for ref in refs if ref.hash == frame_digest(data)]
+        raise WireError(f"{names[0] if names else 'a frame'} is {error}") from error

@@ -17,12 +17,17 @@ import json
 import re
 import time
 import uuid
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from gossamer.comm.store import Store, open_store
-from gossamer.comm.wire import WIRE_VERSION, frame_digest
+from gossamer.comm.wire import KINDS, WIRE_VERSION, frame_digest
+
+T = TypeVar("T")
+
+# enough for a late joiner to walk to the head without reading one twice
+CACHED_MANIFESTS = 1024
 
 
 class LogError(RuntimeError):
@@ -128,6 +133,8 @@ class WeightLog:
                     f"{name} is of run {manifest.run_id}, version {manifest.version}; "
                     f"expected run {self.run_id}"
                 )
+            if len(self._manifests) >= CACHED_MANIFESTS:
+                self._manifests.clear()
             self._manifests[version] = manifest
         return self._manifests[version]
 
@@ -138,6 +145,18 @@ class WeightLog:
             if self.manifest(candidate).anchor:
                 return candidate
         raise LogError(f"the log at {self.url} holds no anchor up to version {version}")
+
+    def next_version(self, live: int | None) -> int | None:
+        """What to apply on `live` to get nearer to the head; None when it is the head.
+
+        The next delta, or the newest anchor where the chain of deltas is broken.
+        """
+        head = self.head()
+        if head is None or live == head:
+            return None
+        if live is None or any(not self.manifest(v).delta for v in range(live + 1, head + 1)):
+            return self.newest_anchor(head)
+        return live + 1
 
     def read_part(self, ref: PartRef) -> bytes:
         """The frame of a committed version. Raises LogError where it is missing or another."""
@@ -209,12 +228,20 @@ def part_name(version: int, writer_epoch: int, part: int, kind: str) -> str:
 
 def _read_manifest(data: bytes, name: str) -> Manifest:
     try:
-        entry: dict[str, Any] = json.loads(data)
-        for kind in ("delta", "anchor"):
-            entry[kind] = [PartRef(**ref) for ref in entry[kind]]
-        manifest = Manifest(**{field.name: entry[field.name] for field in fields(Manifest)})
+        entry = json.loads(data)
+        parts = {kind: [_read(PartRef, ref) for ref in entry[kind]] for kind in KINDS}
+        return _read(Manifest, entry | parts)
     except KeyError as error:
         raise LogError(f"{name} lacks field {error}") from error
     except (ValueError, TypeError) as error:
         raise LogError(f"{name} is not a manifest: {error}") from error
-    return manifest
+
+
+def _read(kind: type[T], entry: dict[str, Any]) -> T:
+    """A dataclass from JSON. Raises KeyError, or TypeError for a field of another type."""
+    values = {}
+    for field, expected in get_type_hints(kind).items():
+        value = values[field] = entry[field]
+        if not isinstance(value, list if get_origin(expected) is list else expected):
+            raise TypeError(f"field {field} must not be {value!r}")
+    return kind(**values)

@@ -202,7 +202,7 @@ class Publisher:
             return None
         raise StaleWriterError(
             f"version {version} was committed by writer epoch {manifest.writer_epoch}, "
-            f"not by {self._epoch}"
+            f"without part {self._part} of writer epoch {self._epoch}"
         )
 
     def _wait_for(self, names: list[str], version: int) -> None:
@@ -264,7 +264,7 @@ class Publisher:
         try:
             frame = unpack_frame(data)
         except WireError as error:
-            raise LogError(f"{name}: {error}") from error
+            raise LogError(f"{name} is {error}") from error
         expected = (kind, self._log.run_id, attempt.version, attempt.step, part, self._num_parts)
         found = (
             frame.kind,

@@ -6,7 +6,7 @@ import torch
 from gossamer.comm.live import LiveWeights
 from gossamer.comm.log import LogError, WeightLog
 from gossamer.comm.subscriber import Subscriber
-from gossamer.comm.wire import unpack_frame
+from gossamer.comm.wire import WireError, unpack_frame
 
 
 def read_state(log: WeightLog, version: int | None = None) -> dict[str, torch.Tensor]:
@@ -18,10 +18,13 @@ def read_state(log: WeightLog, version: int | None = None) -> dict[str, torch.Te
     if version is None or not log.is_committed(version):
         raise LogError(f"the log at {log.url} has no version {version}")
     anchor = log.newest_anchor(version)
-    tensors = {}
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for ref in log.manifest(anchor).anchor:
-        for run in unpack_frame(log.read_part(ref)).runs:
-            tensors[run.name] = (run.shape, getattr(torch, run.dtype))
+        try:
+            runs = unpack_frame(log.read_part(ref)).runs
+        except WireError as error:
+            raise LogError(f"{ref.name} is {error}") from error
+        tensors |= {run.name: (run.shape, getattr(torch, run.dtype)) for run in runs}
     live = LiveWeights(
         {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
     )

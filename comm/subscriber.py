@@ -20,14 +20,7 @@ class Subscriber:
 
     def next_version(self) -> int | None:
         """The version to stage next to get nearer to the head; None when up to date."""
-        head, version = self._log.head(), self._live.version
-        if head is None or version == head:
-            return None
-        if version is None or any(
-            not self._log.manifest(later).delta for later in range(version + 1, head + 1)
-        ):
-            return self._log.newest_anchor(head)
-        return version + 1
+        return self._log.next_version(self._live.version)
 
     def fetch_and_stage(self, version: int) -> Staged:
         """Fetches a version's delta if it goes on what is live, else its anchor, and stages it.

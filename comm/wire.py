@@ -241,7 +241,9 @@ def _read_run(entry: object, hash_sum: int, payload: memoryview, taken: int) -> 
     name, dtype, shape = entry.get("name"), entry.get("dtype"), entry.get("shape")
     row_start, num_rows = entry.get("row_start"), entry.get("num_rows")
     _expect(isinstance(name, str), "name of a run must be a string")
-    _expect(dtype in DTYPE_BYTES, f"dtype {dtype!r} of {name} is unknown")
+    _expect(
+        isinstance(dtype, str) and dtype in DTYPE_BYTES, f"dtype {dtype!r} of {name} is unknown"
+    )
     _expect(_are_naturals(shape), f"shape {shape} of {name} must be a list of counts")
     _expect(_are_naturals([row_start, num_rows]), f"rows of {name} must be counts")
     run = Run(name, dtype, tuple(shape), row_start, num_rows, hash_sum, [])

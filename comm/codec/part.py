@@ -46,11 +46,11 @@ class EncodedPart:
 
 
 class PartEncoder:
-    """Keeps the base of one part: flat bit patterns by (tensor name, first row)."""
+    """Keeps the base of one part: flat bit patterns by tensor and first row."""
 
     def __init__(self, zstd_level: int) -> None:
         self._codec = RunCodec(zstd_level)
-        self._base: dict[tuple[str, int], np.ndarray] = {}
+        self._base: dict[tuple[str, int, str, tuple[int, ...]], np.ndarray] = {}
 
     def encode(self, rows: Iterable[Rows], with_delta: bool, with_anchor: bool) -> EncodedPart:
         """Codes `rows` against the base, which stays as it is.
@@ -62,7 +62,7 @@ class PartEncoder:
         unseen = set(self._base)
         for each in rows:
             for run, new in _runs_of(each):
-                unseen.discard((run.name, run.row_start))
+                unseen.discard(_key(run))
                 part.num_elements += len(new)
                 part.full_bytes += new.nbytes
                 if with_anchor:
@@ -75,7 +75,7 @@ class PartEncoder:
                     part.num_changed += len(new)
                     part.updates.append((run, None, new.copy()))
         if unseen:
-            name, row_start = min(unseen)
+            name, row_start, *_ = min(unseen)
             raise ValueError(f"rows of {name} from {row_start} on were published before, not now")
         return part
 
@@ -83,16 +83,16 @@ class PartEncoder:
         """Makes `part` the base of the next one."""
         for run, positions, new in part.updates:
             if positions is None:
-                self._base[run.name, run.row_start] = new
+                self._base[_key(run)] = new
             else:
-                self._base[run.name, run.row_start][positions] = new
+                self._base[_key(run)][positions] = new
 
     def _encode_delta(self, part: EncodedPart, run: Run, new: np.ndarray) -> None:
-        old = self._base.get((run.name, run.row_start))
-        if old is None or old.shape != new.shape or old.dtype != new.dtype:
+        old = self._base.get(_key(run))
+        if old is None or len(old) != len(new):
             raise ValueError(
                 f"{run.num_rows} rows of {run.name} from {run.row_start} on were not published "
-                f"as {run.dtype} before"
+                f"as {run.dtype} of {run.shape} before"
             )
         positions = np.flatnonzero(old != new)
         if len(positions) == 0:
@@ -105,17 +105,24 @@ class PartEncoder:
         part.updates.append((run, positions, after))
 
 
+def _key(run: Run) -> tuple[str, int, str, tuple[int, ...]]:
+    return run.name, run.row_start, run.dtype, run.shape
+
+
 def _runs_of(rows: Rows) -> Iterator[tuple[Run, np.ndarray]]:
     """Runs of bounded size, without blocks as yet, and their bit patterns (views)."""
     shape, values = tuple(rows.shape), rows.values
     dtype = dtype_name(values.dtype)
     is_vector = len(shape) < 2
-    whole = values.shape == shape and rows.row_start == 0
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"{rows.name}: dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype}")
     if 0 in (*shape, *values.shape):
         raise ValueError(f"{rows.name}: shape {shape} holds no element")
-    if not (whole if is_vector else values.shape[1:] == shape[1:]):
+    if is_vector:
+        fits = values.shape == shape and rows.row_start == 0
+    else:
+        fits = values.shape[1:] == shape[1:] and 0 <= rows.row_start <= shape[0] - len(values)
+    if not fits:
         raise ValueError(
             f"{rows.name}: values {tuple(values.shape)} from row {rows.row_start} on "
             f"are not rows of {shape}"

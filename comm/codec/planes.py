@@ -20,7 +20,7 @@ def pack_plane(plane: np.ndarray, zstd: zstandard.ZstdCompressor) -> bytes:
     if not plane.any():
         return _head(0, ZERO)
     if len(plane) >= MIN_ZSTD_BYTES:
-        packed = zstd.compress(plane)
+        packed = zstd.compress(plane.data)
         if len(packed) < len(plane):
             return _head(len(packed), ZSTD) + packed
     return _head(len(plane), RAW) + plane.tobytes()
