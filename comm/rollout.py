@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from gossamer.comm.live import CommitStats
+
 ROLLOUT_ENGINES = {"hf": "gossamer.comm.engines.hf:HFEngine"}
 
 
@@ -62,8 +64,8 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def commit(self) -> int:
-        """Makes the staged version live and returns it; on failure the old one stays live."""
+    def commit(self) -> CommitStats:
+        """Makes the staged version live; on failure the old one stays live."""
         ...
 
     def audit(self) -> str:

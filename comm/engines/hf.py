@@ -61,8 +61,7 @@ class HFEngine:
                 experts_implementation=experts_implementation,
             ).eval()
         self._live = LiveWeights(live_tensors(self._model))
-        self.subscriber = Subscriber(log, self._live)
-        self.last_commit: CommitStats | None = None
+        self._subscriber = Subscriber(log, self._live)
         self._staged: Staged | None = None
         self._pad_id, self._eos_id = pad_id, eos_id
         self._gate, self._weights = Lock(), Lock()
@@ -88,10 +87,10 @@ class HFEngine:
 
     def stage(self, version: int) -> None:
         """Fetches, checks and decodes `version` beside the running engine; changes no weight."""
-        self._staged = self.subscriber.fetch_and_stage(version)
+        self._staged = self._subscriber.fetch_and_stage(version)
 
-    def commit(self) -> int:
-        """Makes the staged version live at the next step boundary and returns it.
+    def commit(self) -> CommitStats:
+        """Makes the staged version live at the next step boundary.
 
         Raises RuntimeError when nothing is staged; any failure leaves the old version live.
         """
@@ -99,8 +98,7 @@ class HFEngine:
         if staged is None:
             raise RuntimeError("nothing to commit: stage a version first")
         with self._turn():
-            self.last_commit = self.subscriber.commit(staged)
-        return self.last_commit.version
+            return self._subscriber.commit(staged)
 
     def audit(self) -> str:
         """State hash over the live parameters, read in full; decoding waits for it."""
@@ -109,7 +107,7 @@ class HFEngine:
 
     def close(self) -> None:
         """Drops the model; the engine is not usable afterwards."""
-        del self._model, self._live, self.subscriber, self._staged
+        del self._model, self._live, self._subscriber, self._staged
 
     @torch.inference_mode()
     def generate(self, requests: list[Request]) -> list[Sample]:

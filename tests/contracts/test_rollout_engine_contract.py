@@ -71,7 +71,7 @@ def versions(log):
 
 def follow(engine, version):
     engine.stage(version)
-    return engine.commit()
+    return engine.commit().version
 
 
 def unit(step=0, temperature=1.0, max_new_tokens=6):

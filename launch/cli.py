@@ -1,0 +1,117 @@
+"""The `gossamer` command.
+
+The one idea: parse first, import later; `--help` and `validate` load neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code. Errors of the user's are one sentence on stderr."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if any(word.startswith("-") or not hasattr(arguments, "overrides") for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # argparse takes overrides behind an option for strays
+        arguments.overrides += rest
+    try:
+        return arguments.run(arguments) or 0
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"gossamer: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("gossamer: stopped; `gossamer resume RUN_DIR` goes on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gossamer",
+        description="Trains sparse mixture-of-experts models over thin networks.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, what in (("train", "train on text"), ("rl", "train on text and by RL")):
+        command = commands.add_parser(name, help=f"{what}, as a recipe says")
+        _add_recipe(command)
+        command.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe")
+        command.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
+        command.set_defaults(run=_start, command=name)
+    command = commands.add_parser("resume", help="go on with a run that was stopped or killed")
+    command.add_argument("run_dir", type=Path)
+    command.set_defaults(run=_resume)
+    command = commands.add_parser("validate", help="check a recipe and say what it resolves to")
+    _add_recipe(command)
+    command.set_defaults(run=_validate)
+    command = commands.add_parser("report", help="write summary.json and report.html of a run")
+    command.add_argument("run_dir", type=Path)
+    command.set_defaults(run=_report)
+    command = commands.add_parser("export", help="write the newest checkpoint as a HF folder")
+    command.add_argument("run_dir", type=Path)
+    command.add_argument("out", type=Path)
+    command.set_defaults(run=_export)
+    return parser
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="train.seed=2, and so on")
+
+
+def _start(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.recipe import RecipeError, load_recipe
+
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.command == "train" and config.has_rollouts:
+        raise RecipeError(f"{arguments.recipe} has a grpo phase; run it with `gossamer rl`")
+    if arguments.command == "rl" and not config.has_rollouts:
+        raise RecipeError(f"{arguments.recipe} has no grpo phase; run it with `gossamer train`")
+    from gossamer.launch.controller import start_run
+
+    run_dir = arguments.run_dir or Path("runs") / config.name
+    start_run(config, run_dir.resolve(), arguments.overwrite)
+
+
+def _resume(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.controller import resume_run
+
+    resume_run(_load_run(arguments.run_dir), arguments.run_dir.resolve())
+
+
+def _validate(arguments: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from gossamer.launch.recipe import load_recipe
+
+    print(json.dumps(asdict(load_recipe(arguments.recipe, arguments.overrides)), indent=1))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.report import write_report
+    from gossamer.launch.summary import write_summary
+
+    write_summary(arguments.run_dir)
+    print(write_report(arguments.run_dir))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.export import export_run
+
+    print(export_run(_load_run(arguments.run_dir), arguments.run_dir.resolve(), arguments.out))
+
+
+def _load_run(run_dir: Path):  # noqa: ANN202
+    from gossamer.launch.recipe import load_recipe
+
+    path = run_dir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; expected the folder of a gossamer run")
+    return load_recipe(str(path), [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What a whole run can be told: training, rollouts and the cluster. No torch, no Ray here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from gossamer.trainer.config import TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    """The pool of rollout engines, for recipes with a grpo phase."""
+
+    engine: str = "hf"
+    """A name in comm/rollout.py."""
+    engines: int = 2
+    """How many engines sample in parallel; each is one Ray actor."""
+    num_cpus: float = 1.0
+    """CPUs that Ray reserves for an engine."""
+    max_replacements: int = 20
+    """Engines that may be replaced before the pool gives up."""
+
+    def __post_init__(self) -> None:
+        if self.engines < 1:
+            raise ValueError(f"rollout.engines is {self.engines}; expected at least 1")
+        if self.num_cpus < 0:
+            raise ValueError(f"rollout.num_cpus is {self.num_cpus}; expected 0 or more")
+        if self.max_replacements < 0:
+            raise ValueError(
+                f"rollout.max_replacements is {self.max_replacements}; expected 0 or more"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterConfig:
+    """Which Ray cluster runs it."""
+
+    address: str | None = None
+    """Ray address to join (`auto`, or ray://host:port); None starts a cluster on this machine."""
+    cpus_per_rank: float = 1.0
+    """CPUs that Ray reserves for a trainer rank."""
+
+    def __post_init__(self) -> None:
+        if self.cpus_per_rank < 0:
+            raise ValueError(f"cluster.cpus_per_rank is {self.cpus_per_rank}; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """A recipe: the whole of what `gossamer train` and `gossamer rl` read."""
+
+    name: str
+    """Names the run, its folder (runs/NAME) and its weight log."""
+    train: TrainConfig
+    """The replica."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """The engines."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """The machines."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(
+                f"name is {self.name!r}; expected letters, digits, dots, dashes and underscores"
+            )
+
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether any phase samples from engines."""
+        return any(phase.kind == "grpo" for phase in self.train.phases)

@@ -1,0 +1,166 @@
+"""Runs a recipe from start to proof: cluster, engines, replica, display, summary, report.
+
+The one idea: everything worth knowing is in the run's folder. The controller starts the parts,
+watches the replica's one attempt, shows what the metrics file says, and judges the run by it;
+going on after a failure is a new attempt from the newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from gossamer.launch.config import RunConfig
+from gossamer.launch.display import LiveDisplay
+from gossamer.launch.recipe import dump_config
+from gossamer.launch.report import write_report
+from gossamer.launch.summary import write_summary
+from gossamer.trainer.metrics import METRICS_FILE, EventLog
+from gossamer.trainer.prepare import load_run_tokenizer, prepare_run
+from gossamer.trainer.tokenizer import token_fields
+
+CONFIG_FILE = "config.json"
+REFRESH_S = 0.5
+
+
+class RunError(RuntimeError):
+    """A run that cannot start or did not end well; one sentence for the user."""
+
+
+def start_run(config: RunConfig, run_dir: Path, overwrite: bool) -> None:
+    """Runs a recipe in a new folder. Raises RunError when the folder holds a run already."""
+    if (run_dir / CONFIG_FILE).exists():
+        if not overwrite:
+            raise RunError(
+                f"{run_dir} already holds a run: continue it with `gossamer resume {run_dir}`,"
+                " or start anew with --overwrite"
+            )
+        shutil.rmtree(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    dump_config(config, run_dir / CONFIG_FILE)
+    _attempt(config, run_dir, number=1, resume_from=None)
+
+
+def resume_run(config: RunConfig, run_dir: Path) -> None:
+    """Goes on from the newest whole checkpoint, or from the start when there is none."""
+    from gossamer.launch.summary import read_events
+
+    events = read_events(run_dir) if (run_dir / METRICS_FILE).exists() else []
+    if any(event["event"] == "run_end" and event["reason"] == "finished" for event in events):
+        raise RunError(f"{run_dir} has finished; see `gossamer report {run_dir}`")
+    newest = newest_checkpoint(run_dir)
+    last = max((e["attempt"] for e in events if e["event"] == "run_start"), default=0)
+    _attempt(config, run_dir, number=last + 1, resume_from=newest)
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """Folder of the checkpoint to resume from: latest attempt, then latest step."""
+    from gossamer.trainer.checkpoint import list_checkpoints
+
+    found = list_checkpoints(run_dir / "checkpoints")
+    return found[-1] if found else None
+
+
+def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: Path | None) -> None:
+    with _quiet_console(run_dir) as console:
+        events = EventLog(run_dir)
+        display = LiveDisplay(run_dir, console=_rich_console(console))
+        display.start()
+        try:
+            prepare_run(config.train, run_dir)
+            _run_on_ray(config, run_dir, number, resume_from, display)
+        except BaseException as error:
+            events.write("run_end", {"reason": _sentence(error)})
+            raise
+        finally:
+            display.stop()
+        summary = write_summary(run_dir)
+        report = write_report(run_dir)
+        _print_outcome(console, summary, report)
+
+
+def _run_on_ray(
+    config: RunConfig, run_dir: Path, number: int, resume_from: Path | None, display: LiveDisplay
+) -> None:
+    import ray
+    from gossamer.launch.cluster import connect
+    from gossamer.launch.replica import Replica
+    from gossamer.launch.rollout_pool import RolloutPool, write_pid
+    from gossamer.trainer.session import RunPlace
+
+    write_pid(run_dir, "driver")
+    place = RunPlace(run_dir=run_dir, name=config.name, attempt=number, resume_from=resume_from)
+    with connect(config, run_dir):
+        pool = None
+        if config.has_rollouts:
+            model = _engine_model(config, run_dir)
+            pool = RolloutPool.options(num_cpus=0).remote(str(run_dir), config.rollout, model)
+        replica = Replica.remote()
+        attempt = replica.fit.remote(config.train, config.cluster, place, pool)
+        while not ray.wait([attempt], timeout=REFRESH_S)[0]:
+            display.refresh()
+        try:
+            ray.get(attempt)
+        except ray.exceptions.RayError as error:
+            raise RunError(
+                f"attempt {number} failed ({_sentence(error)}); see {run_dir / 'logs'} and go on"
+                f" with `gossamer resume {run_dir}`"
+            ) from error
+        display.refresh()
+
+
+def _engine_model(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """The Hugging Face config, as a dict, that rollout engines build."""
+    from gossamer.trainer.model import hf_config
+
+    tokens = token_fields(load_run_tokenizer(run_dir).vocab_size)
+    return hf_config(config.train.model, tokens).to_dict()
+
+
+def _sentence(error: BaseException) -> str:
+    """The last meaningful line of an error that Ray may have wrapped many times."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet_console(run_dir: Path) -> Iterator[IO[str]]:
+    """Sends what libraries print to RUN_DIR/logs/driver.log; yields the user's own console."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with (run_dir / "logs" / "driver.log").open("a") as log, os.fdopen(os.dup(1), "w") as console:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield console
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, source in enumerate(saved, start=1):
+                os.dup2(source, target)
+                os.close(source)
+
+
+def _rich_console(file: IO[str]) -> Any:  # noqa: ANN401
+    from rich.console import Console
+
+    return Console(file=file)
+
+
+def _print_outcome(console: IO[str], summary: dict[str, Any], report: Path) -> None:
+    lines = [f"{key:>20}  {value}" for key, value in summary.items()]
+    proof = summary.get("engines_bit_exact")
+    if proof is not None:
+        verdict = "equal the trainer's bit for bit" if proof else "DIFFER from the trainer's"
+        lines.append(f"every engine's live weights {verdict} at the last version")
+    lines.append(f"report: {report}")
+    print("\n".join(lines), file=console, flush=True)
+    if proof is False:
+        raise RunError("an engine's weights differ from the trainer's; see the audit events")

@@ -1,0 +1,114 @@
+"""Recipes: YAML plus `a.b=c` overrides, checked key by key into frozen dataclasses.
+
+The one idea: OmegaConf merges and interpolates, and never leaves this file; what the rest of the
+program sees has types, and an error names the key and what was expected there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from gossamer.launch.config import RunConfig
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be read or cannot be right."""
+
+
+def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
+    """Reads a YAML file, or one of the shipped recipes by name, and applies `a.b=c` overrides.
+
+    Raises RecipeError in one sentence that names the key, or the file.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError, safe_load
+
+    path = _find(recipe)
+    try:
+        recipe_config = OmegaConf.load(path)
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise RecipeError(f"override {override!r}: expected KEY=VALUE (train.seed=2)")
+            OmegaConf.update(recipe_config, key, safe_load(value), force_add=True)
+        plain = OmegaConf.to_container(recipe_config, resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, YAMLError, OSError, IndexError, TypeError) as error:
+        raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
+    try:
+        return build_config(RunConfig, plain, "")
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def dump_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved config, JSON (which is YAML too), where load_recipe can read it."""
+    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+
+
+def build_config(cls: type, values: object, where: str) -> Any:  # noqa: ANN401
+    """Builds dataclass `cls` from plain `values`; raises ValueError naming the key."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where or 'the recipe'} is {values!r}; expected keys and values")
+    known = typing.get_type_hints(cls)
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"expected one of {sorted(known)}"
+            raise ValueError(f"unknown key {_join(where, key)}; {hint}")
+    for field in fields(cls):
+        required = field.default is MISSING and field.default_factory is MISSING
+        if required and field.name not in values:
+            raise ValueError(f"{_join(where, field.name)} is missing; it has no default")
+    built = {key: _convert(known[key], value, _join(where, key)) for key, value in values.items()}
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:  # noqa: ANN401
+    """`value` as type `hint`: dataclass, tuple of dataclasses, mapping, scalar or None."""
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (hint,) = [option for option in typing.get_args(hint) if option is not type(None)]
+        return _convert(hint, value, where)
+    if is_dataclass(hint):
+        return build_config(hint, value, where)  # type: ignore[arg-type]
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} is {value!r}; expected a list")
+        element = typing.get_args(hint)[0]
+        return tuple(_convert(element, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}; expected keys and values")
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise ValueError(f"{where} is {value!r}; expected {hint.__name__}")
+    return value
+
+
+def _find(recipe: str) -> Path:
+    for path in (Path(recipe), SHIPPED / recipe, SHIPPED / f"{recipe}.yaml"):
+        if path.is_file():
+            return path
+    shipped = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    raise RecipeError(f"recipe {recipe} is not a file; shipped recipes are {', '.join(shipped)}")
+
+
+def _join(where: str, key: object) -> str:
+    return f"{where}.{key}" if where else str(key)
