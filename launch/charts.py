@@ -183,11 +183,12 @@ def sums(events: list[Event], field: str) -> list[float]:
 
 def expert_chart(settled: list[Event]) -> Chart:
     title = "Expert load"
-    steps = [e for e in of_kind(settled, "train_step") if e.get("expert_load")]
-    if not steps:
+    numbered = enumerate(of_kind(settled, "train_step"), 1)  # not every step records its load
+    recorded = {number: e["expert_load"] for number, e in numbered if e.get("expert_load")}
+    if not recorded:
         return Chart(key="experts", title=title, note="No step recorded its expert load.")
-    layers = range(len(steps[-1]["expert_load"]))
-    last = [e["expert_load"] for e in steps[-LOAD_STEPS:]]
+    last = list(recorded.values())[-LOAD_STEPS:]
+    layers = range(len(last[-1]))
     loads = [[sum(tokens) for tokens in zip(*(s[i] for s in last), strict=True)] for i in layers]
     relative = [[n * len(row) / max(sum(row), 1) for n in row] for row in loads]
     figure = make_subplots(cols=2, horizontal_spacing=0.16, column_widths=[0.54, 0.46])
@@ -211,8 +212,8 @@ def expert_chart(settled: list[Event]) -> Chart:
     )
     colors = sample_colorscale("Viridis", [0.85 * i / max(len(layers) - 1, 1) for i in layers])
     for i in layers:
-        ratio = [imbalance(e["expert_load"][i]) for e in steps]
-        trace = line(list(range(1, len(steps) + 1)), ratio, f"layer {i}", colors[i])
+        ratio = [imbalance(load[i]) for load in recorded.values()]
+        trace = line(list(recorded), ratio, f"layer {i}", colors[i])
         figure.add_trace(trace.update(line_width=1.3, showlegend=len(layers) <= 8), row=1, col=2)
     figure.update_xaxes(title="expert (logical order)", row=1, col=1)
     figure.update_xaxes(title="train step, counted over all phases", row=1, col=2)
@@ -221,7 +222,7 @@ def expert_chart(settled: list[Event]) -> Chart:
     styled(figure, max(300, 120 + 34 * len(layers)))
     figure.update_layout(legend={"x": 0.62}, margin={"l": 84})
     note = (
-        f"Left: tokens per expert over the last {len(last)} steps, as a multiple of the layer's "
+        f"Left: tokens per expert over the last {len(last)} steps that recorded it, as a multiple of the layer's "
         "mean. Right: the busiest expert of each layer, step by step; 1 is perfect balance."
     )
     return Chart(key="experts", title=title, note=note, figure=figure, wide=True)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_S = 10.0
 """Without a terminal, a line is printed this often, and at each phase change and eval."""
+DEAD, STARTING = "dead", "starting"
 
 
 class EventTail:
@@ -68,6 +69,7 @@ class RunState:
         self.published: Event = {}
         self.wire_bytes = self.full_bytes = 0
         self.engines: dict[str, str] = {}
+        self.lost = 0
 
     def take(self, event: Event) -> bool:
         """Takes one event in; True when it deserves a line of its own (phase change, eval, end)."""
@@ -88,10 +90,8 @@ class RunState:
                 self.published = event
                 self.wire_bytes += event["frame_bytes"]
                 self.full_bytes += event["full_bytes"]
-            case "engine" if event["what"] == "dead":
-                self.engines[event["engine"]] = "dead"
-            case "engine" if event.get("version") is not None:
-                self.engines[event["engine"]] = f"v{event['version']}"
+            case "engine":
+                self._hear(event["engine"], event["what"], event.get("version"))
             case "eval":
                 self.evals[event["name"]] = event["exact_match"]
                 return True
@@ -106,6 +106,19 @@ class RunState:
         self.attempts += 1
         named = [p for p in event.get("phases") or [] if isinstance(p, dict)]
         self.totals = {p["name"]: p["max_steps"] for p in named if "max_steps" in p}
+
+        # engines are started for an attempt just before it; those of an earlier one are gone
+        self.engines = {name: held for name, held in self.engines.items() if held == STARTING}
+
+    def _hear(self, engine: str, what: str, version: int | None) -> None:
+        if what == "dead":
+            self.engines[engine], self.lost = DEAD, self.lost + 1
+        elif version is not None:
+            self.engines[engine] = f"v{version}"
+        else:
+            if what == "replaced":
+                self.engines = {name: held for name, held in self.engines.items() if held != DEAD}
+            self.engines[engine] = STARTING
 
     @property
     def steps(self) -> tuple[int, int | None]:
@@ -145,6 +158,7 @@ class RunState:
             {
                 "trainer": f"v{last['version']}",
                 **dict(sorted(self.engines.items())),
+                "engines lost": str(self.lost) if self.lost else MISSING,
                 "changed": format_percent(last["density"] if last["kind"] == "delta" else None),
                 "sent": f"{sent} of {full}",
                 "sent in all": format_bytes(self.wire_bytes) + times,
@@ -184,7 +198,7 @@ class RunState:
             side = Table.grid(padding=(0, 2))
             side.add_column(style="dim", no_wrap=True)
             for name, words in facts.items():
-                side.add_row(name, Text(words, "bold red" if words == "dead" else ""))
+                side.add_row(name, Text(words, "bold red" if words == DEAD else ""))
             body.add_column(ratio=1)
             sides.append(side)
         body.add_row(*sides)

@@ -1,7 +1,8 @@
 """report.html: one file that shows a run, opens offline and asks the network for nothing.
 
-The one idea: the page is made from metrics.jsonl alone, plotly.js included in it, so it can be
-mailed, archived, and made for a run that was killed. A content policy in the page forbids requests.
+The one idea: the page is made from metrics.jsonl (and shows the config.json beside it), with
+plotly.js inside, so it can be mailed, archived, and made for a run that was killed. A content
+policy in the page forbids requests.
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ section p { margin: 2px 0 6px; color: var(--muted); font-size: 13.5px; max-width
 .good b { color: #2b8a3e } .bad b { color: #c2255c }
 section { padding: 16px 18px 8px; min-width: 0 }
 .wide { grid-column: 1 / -1 }
+details { margin-top: 14px; padding: 12px 18px; background: var(--paper); font-size: 13.5px;
+  border: 1px solid var(--rule); border-radius: 10px }
+summary { cursor: pointer; font-weight: 600 }
+pre { overflow: auto; max-height: 480px; font-size: 12.5px }
 footer { margin-top: 24px; color: var(--muted); font-size: 13px }
 @media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr) } }
 @media print { body { background: #fff } section { break-inside: avoid } }
@@ -129,8 +134,8 @@ def section(chart: Chart) -> str:
     return f"<section{wide}><h2>{chart.title}</h2><p>{escape(chart.note)}</p>{figure}</section>"
 
 
-def page(events: list[Event], summary: Event) -> str:
-    """The whole HTML of the report."""
+def page(events: list[Event], summary: Event, config: str) -> str:
+    """The whole HTML of the report; `config`: the resolved config as text, or nothing."""
     settled, start = settle(events), of_kind(events, "run_start")[-1]
     charts = [
         loss_chart(settled),
@@ -145,6 +150,8 @@ def page(events: list[Event], summary: Event) -> str:
     name, reason = escape(str(summary["name"])), summary["end_reason"]
     state = f"ended: {escape(str(reason))}" if reason else "running, or killed"
     charts.sort(key=lambda chart: chart.figure is None)  # what could not be drawn, at the end
+    if config:
+        config = f"<details><summary>Resolved config</summary><pre>{escape(config)}</pre></details>"
     cards = "".join(
         f'<div class="card {css}"><small>{what}</small><b>{value}</b><small>{remark}</small></div>'
         for what, value, remark, css in summary_cards(summary)
@@ -161,7 +168,8 @@ def page(events: list[Event], summary: Event) -> str:
 <p>{essentials(summary, start)}</p></header>
 <div class="cards">{cards}</div>
 <div class="charts">{"".join(map(section, charts))}</div>
-<footer>Made from metrics.jsonl alone. Sizes are in powers of 1000; a step that a later attempt did
+{config}
+<footer>Made from metrics.jsonl. Sizes are in powers of 1000; a step that a later attempt did
 again counts once in the curves of learning, and as often as it ran in bytes and times.</footer>
 </main></body></html>
 """
@@ -169,5 +177,8 @@ again counts once in the curves of learning, and as often as it ran in bytes and
 
 def write_report(run_dir: Path) -> Path:
     """Writes RUN_DIR/report.html, returns its path. Raises ValueError for unreadable metrics."""
-    events = read_events(run_dir)
-    return write_whole(Path(run_dir) / "report.html", page(events, summarise(run_dir)))
+    run_dir = Path(run_dir)
+    config = run_dir / "config.json"
+    text = config.read_text() if config.is_file() else ""
+    html = page(read_events(run_dir), summarise(run_dir), text)
+    return write_whole(run_dir / "report.html", html)

@@ -122,15 +122,26 @@ def rl_evals(events: list[Event], name: str) -> list[Event]:
     return of_kind(events[start:], "eval", name=name)
 
 
-def live_engines(events: list[Event]) -> dict[str, bool]:
-    """Every engine ever named, and whether it was alive when last heard of."""
-    named = [e for e in events if e["event"] in ("engine", "audit")]
-    return {e["engine"]: e.get("what") != "dead" for e in named}
+def attempt_starts(events: list[Event]) -> list[int]:
+    """Index of the first event of each attempt: its run_start, or the engines started for it."""
+    starts = []
+    for index in (i for i, e in enumerate(events) if e["event"] == "run_start"):
+        while index and events[index - 1].get("what") == "start":
+            index -= 1
+        starts.append(index)
+    return starts
+
+
+def living_engines(events: list[Event]) -> set[str]:
+    """Engines of the last attempt that were alive when last heard of."""
+    ours = events[attempt_starts(events)[-1] :]
+    said = {e["engine"]: e.get("what") for e in ours if e["event"] in ("engine", "audit")}
+    return {engine for engine, what in said.items() if what != "dead"}
 
 
 def _is_bit_exact(events: list[Event], last_version: int | None) -> bool:
     audits = {e["engine"]: e for e in of_kind(events, "audit")}
-    last = [audits.get(engine) for engine, alive in live_engines(events).items() if alive]
+    last = [audits.get(engine) for engine in living_engines(events)]
     return bool(last) and all(a and a["equal"] and a["version"] == last_version for a in last)
 
 
@@ -144,7 +155,7 @@ def summarise(run_dir: Path) -> Event:
     """summary.json's content. None means there was nothing to measure (or it was not finite).
 
     name, seed, params, active_params, world_size, ep_size, zero_stage: from the last run_start.
-    engines: rollout engines that were ever heard of.
+    engines: rollout engines alive at the end.
     attempts: how often the run was started; more than 1 says it was killed and resumed.
     end_reason: of the last run_end, None for a run that runs still or was killed.
     reward_first, reward_last: exact_match of the first and last "heldout" eval of the RL phase;
@@ -155,7 +166,7 @@ def summarise(run_dir: Path) -> Event:
     wire_bytes: their frames' bytes as written; full_bytes: the same versions as full copies in
         the publish dtype. A version whose line a kill swallowed is in neither.
     change_density_mean: mean over delta versions of changed elements / elements.
-    engines_bit_exact: every living engine's last audit was equal and at the newest version, and
+    engines_bit_exact: every such engine's last audit was equal and at the newest version, and
         there is at least one.
     engines_dead: how often an engine was found dead.
     wall_s: from the first run_start to the last event, pauses between attempts included.
@@ -175,7 +186,7 @@ def summarise(run_dir: Path) -> Event:
     copied = ("name", "seed", "params", "active_params", "world_size", "ep_size", "zero_stage")
     return {
         **{field: starts[-1].get(field) for field in copied},
-        "engines": len(live_engines(raw)),
+        "engines": len(living_engines(raw)),
         "attempts": len(starts),
         "end_reason": ends[-1].get("reason") if ends else None,
         "reward_first": heldout[0]["exact_match"] if heldout else None,

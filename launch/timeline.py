@@ -7,6 +7,7 @@ event in the order it happened, the steps a later attempt did again included.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import plotly.graph_objects as go
 from gossamer.launch.charts import (
@@ -22,13 +23,13 @@ from gossamer.launch.charts import (
     styled,
     words,
 )
-from gossamer.launch.summary import Event, mean, of_kind, rl_phases
+from gossamer.launch.summary import Event, attempt_starts, mean, of_kind, rl_phases
 from plotly.subplots import make_subplots
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clock:
-    """Turns unix times into time since the first run_start, in a unit that suits the run."""
+    """Turns unix times into time since the run's first event, in a unit that suits the run."""
 
     zero_s: float
     unit_s: float
@@ -61,20 +62,24 @@ class Span:
 
 
 def held_versions(events: list[Event], engine: str) -> list[Span]:
-    """Which version the engine held when: from its commit to the next one, its death, or the end
-    of the attempt."""
+    """Which version the engine held when: from its commit to the next one, its death, or the last
+    event of the attempt."""
     spans: list[Span] = []
-    since_s, version, previous_s = 0.0, None, 0.0
-    for event in [*events, {"event": "run_start", "time_s": events[-1]["time_s"]}]:
-        own = event["event"] == "engine" and event["engine"] == engine
-        if event["event"] == "run_start" or (own and event["what"] != "generate"):
-            stop_s = event["time_s"] if own else previous_s
-            if version is not None and stop_s > since_s:
-                label = f"v{version}"
-                spans.append(Span(start_s=since_s, stop_s=stop_s, label=label, tint=version % 2))
-            since_s = event["time_s"]
-            version = event.get("version") if own and event["what"] != "dead" else None
-        previous_s = event["time_s"]
+    bounds = [0, *attempt_starts(events), len(events)]
+    for first, stop in pairwise(bounds):
+        end = {"time_s": events[stop - 1]["time_s"], "version": None}
+        own = of_kind(events[first:stop], "engine", engine=engine)
+        own = [e for e in own if e["what"] != "generate"]
+        for event, after in pairwise([*own, end]):
+            if event["what"] != "dead" and event.get("version") is not None:
+                spans.append(
+                    Span(
+                        start_s=event["time_s"],
+                        stop_s=after["time_s"],
+                        label=f"v{event['version']}",
+                        tint=event["version"] % 2,
+                    )
+                )
     return spans
 
 
@@ -141,7 +146,7 @@ def timeline_chart(events: list[Event]) -> Chart:
     mark(of_kind(events, "audit", equal=True), "audit: equal", None, GREEN, "circle-open")
     mark(of_kind(events, "audit", equal=False), "audit: NOT equal", None, RED, "star")
     mark(of_kind(events, "engine", what="dead"), "engine dead", None, RED, "x")
-    mark(of_kind(events, "engine", what="replaced"), "replaced", None, GREEN, "triangle-right")
+    mark(of_kind(events, "engine", what="replaced"), "replacement", None, GREEN, "triangle-right")
     for number, start in enumerate(of_kind(events, "run_start")[1:], 2):
         figure.add_vline(
             clock.at(start["time_s"]),

@@ -29,8 +29,11 @@ class SyntheticRun:
             file.write(json.dumps({"event": event, "time_s": self.time_s, **fields}) + "\n")
 
     def start(self, attempt: int) -> None:
+        for i in range(2):
+            self.add("engine", engine=f"engine-{i}", what="start", version=None)
         self.add(
             "run_start",
+            after_s=1.0,
             name="rl-sums",
             seed=7,
             attempt=attempt,
@@ -43,10 +46,7 @@ class SyntheticRun:
             ep_size=2,
             zero_stage=1,
             world_size=2,
-            engines=2,
         )
-        for i in range(2):
-            self.add("engine", engine=f"engine-{i}", what="start", version=None)
 
     def expert_load(self, tokens: int, progress: float) -> list[list[int]]:
         loads = []
@@ -184,10 +184,10 @@ def write_run(run_dir: Path) -> SyntheticRun:
         run.commit(engine)
     run.eval(0)
     run.rl(1, 12)
-    run.add("engine", engine="engine-1", what="dead", version=run.version)
+    run.add("engine", engine="engine-1", what="dead", version=None)
     run.rl(13, 16, engines=("engine-0",))
-    run.add("engine", after_s=1.0, engine="engine-1", what="replaced", version=run.version)
-    run.rl(17, 23)
+    run.add("engine", after_s=1.0, engine="engine-2", what="replaced", version=None)
+    run.rl(17, 23, engines=("engine-0", "engine-2"))
     run.time_s += 14.0
     run.start(attempt=2)
     run.publish(20, anchor=True)

@@ -26,7 +26,7 @@ def test_lines_are_read_once_and_only_when_whole(tmp_path):
     assert tail.read() == []
     run = SyntheticRun(tmp_path)
     run.start(1)
-    assert [e["event"] for e in tail.read()] == ["run_start", "engine", "engine"]
+    assert [e["event"] for e in tail.read()] == ["engine", "engine", "run_start"]
     with run.path.open("a") as file:
         file.write('{"event": "run_end", "time_s": 1, ')
     assert tail.read() == []
@@ -63,18 +63,26 @@ def test_a_phase_that_has_begun_is_shown_before_its_first_step():
     assert state.steps == (1, None)
 
 
-def test_a_dead_engine_is_shown_dead_until_replaced(tmp_path):
+def test_an_engine_is_dead_until_another_replaces_it_and_gone_in_the_next_attempt(tmp_path):
     run = SyntheticRun(tmp_path)
     run.start(1)
-    run.publish(1)
     live, _ = shown(tmp_path)
-    run.commit("engine-1")
-    run.add("engine", engine="engine-1", what="dead", version=0)
-    live.refresh()
-    assert live._state.weights()["engine-1"] == "dead"
-    run.add("engine", engine="engine-1", what="replaced", version=3)
-    live.refresh()
-    assert live._state.weights()["engine-1"] == "v3"
+
+    def engines():
+        live.refresh()
+        return live._state.engines
+
+    assert engines() == {"engine-0": "starting", "engine-1": "starting"}
+    run.publish(1)
+    run.commit("engine-0")
+    run.add("engine", engine="engine-1", what="dead", version=None)
+    assert engines() == {"engine-0": "v0", "engine-1": "dead"}
+    run.add("engine", engine="engine-2", what="replaced", version=None)
+    assert engines() == {"engine-0": "v0", "engine-2": "starting"}
+    run.commit("engine-2")
+    run.start(2)
+    assert engines() == {"engine-0": "starting", "engine-1": "starting"}
+    assert live._state.weights()["engines lost"] == "1"
 
 
 def test_terminal_panel_shows_the_run(tmp_path):

@@ -61,6 +61,13 @@ def test_the_page_is_one_file_that_asks_the_network_for_nothing(run_dir):
     assert {p.name for p in run_dir.iterdir()} == {"metrics.jsonl", "report.html"}
 
 
+def test_the_config_beside_the_run_is_shown(tmp_path):
+    write_run(tmp_path)
+    assert "Resolved config" not in own_html(write_report(tmp_path))
+    (tmp_path / "config.json").write_text('{"name": "<b>"}')
+    assert "{&quot;name&quot;: &quot;&lt;b&gt;&quot;}" in own_html(write_report(tmp_path))
+
+
 def test_cards_say_what_the_summary_says(run_dir):
     html = own_html(write_report(run_dir))
     assert "bit-exact" in html and "2 attempts, 1 engine lost" in html
@@ -109,6 +116,16 @@ def test_expert_load_is_relative_to_the_layers_mean(events):
     assert charts.imbalance([0, 0]) is None
 
 
+def test_expert_load_keeps_its_step_when_few_steps_record_it():
+    load = [[3, 1], [2, 2]]
+    steps = [dict(event="train_step", phase="rl", step=i, loss=0.0) for i in range(1, 7)]
+    for i in (2, 5):
+        steps[i]["expert_load"] = load
+    _, first_layer, second_layer = charts.expert_chart(steps).figure.data
+    assert list(first_layer.x) == [3, 6]
+    assert (list(first_layer.y), list(second_layer.y)) == ([1.5, 1.5], [1.0, 1.0])
+
+
 def test_learning_is_drawn_once_and_time_as_it_was(events):
     rewards = next(t for t in charts.reward_chart(settle(events)).figure.data if "mean" in t.name)
     assert list(rewards.x) == list(range(1, 61))
@@ -128,14 +145,16 @@ def test_what_an_engine_held_ends_at_commit_death_and_kill():
         engine(3.0, "commit", 1),
         engine(3.5, "commit", 1, name="other"),
         engine(5.0, "dead", 1),
-        engine(6.0, "replaced", 2),
+        engine(6.0, "replaced"),
+        engine(6.5, "commit", 2),
         dict(event="publish", time_s=8.0),
+        engine(19.0, "start"),
         dict(event="run_start", time_s=20.0),
         engine(21.0, "commit", 4),
         dict(event="run_end", time_s=22.0),
     ]
     spans = [(s.start_s, s.stop_s, s.label) for s in timeline.held_versions(events, "e")]
-    assert spans == [(1, 3, "v0"), (3, 5, "v1"), (6, 8, "v2"), (21, 22, "v4")]
+    assert spans == [(1, 3, "v0"), (3, 5, "v1"), (6.5, 8, "v2"), (21, 22, "v4")]
 
 
 def test_phases_are_spans_of_one_attempt(events):
@@ -147,7 +166,7 @@ def test_marks_of_loss_and_replacement(events):
     names = {
         t.name for t in timeline.timeline_chart(events).figure.data if isinstance(t, go.Scatter)
     }
-    assert {"engine dead", "replaced", "checkpoint", "anchor", "delta", "audit: equal"} <= names
+    assert {"engine dead", "replacement", "checkpoint", "anchor", "delta", "audit: equal"} <= names
 
 
 def test_quantities():

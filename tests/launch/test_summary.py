@@ -139,6 +139,20 @@ def test_bit_exact_needs_an_equal_audit_of_every_engine_at_the_last_version(tmp_
         assert summarise(tmp_path)["engines_bit_exact"] is True
 
 
+def test_engines_of_an_earlier_attempt_owe_no_audit(tmp_path):
+    run = SyntheticRun(tmp_path)
+    run.start(1)
+    run.publish(1)
+    run.add("engine", engine="engine-2", what="replaced", version=None)
+    run.commit("engine-2")
+    run.start(2)
+    run.audit("engine-0")
+    assert summarise(tmp_path)["engines_bit_exact"] is False  # engine-1 was started, too
+    run.audit("engine-1")
+    assert summarise(tmp_path)["engines_bit_exact"] is True
+    assert summarise(tmp_path)["engines"] == 2
+
+
 def test_a_torn_last_line_is_left_out(tmp_path):
     run = write_run(tmp_path)
     whole = read_events(tmp_path)
