@@ -7,6 +7,7 @@ going on after a failure is a new attempt from the newest whole checkpoint.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -72,14 +73,14 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: Path | 
         display = LiveDisplay(run_dir, console=_rich_console(console))
         display.start()
         try:
-            prepare_run(config.train, run_dir)
+            prepare_run(config.train, run_dir, config.name)
             _run_on_ray(config, run_dir, number, resume_from, display)
         except BaseException as error:
             events.write("run_end", {"reason": _sentence(error)})
             raise
         finally:
             display.stop()
-        summary = write_summary(run_dir)
+        summary = json.loads(write_summary(run_dir).read_text())
         report = write_report(run_dir)
         _print_outcome(console, summary, report)
 

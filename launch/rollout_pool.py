@@ -19,6 +19,7 @@ import ray
 from gossamer.comm.rollout import Request, Sample
 from gossamer.launch.config import RolloutConfig
 from gossamer.trainer.metrics import EventLog
+from gossamer.trainer.prepare import LOG_FOLDER
 
 
 def write_pid(run_dir: Path, role: str) -> None:
@@ -41,7 +42,7 @@ class EngineActor:
         torch.set_num_threads(1)
         write_pid(Path(run_dir), name)
         self._events, self._name = EventLog(Path(run_dir)), name
-        self._log = WeightLog.open(Path(run_dir) / "log")
+        self._log = WeightLog.open(Path(run_dir) / LOG_FOLDER)
         self._version: int | None = None
         build = resolve(rollout.engine, ROLLOUT_ENGINES, "rollout.engine")
         ids = {"pad_id": model["pad_token_id"], "eos_id": model["eos_token_id"]}
@@ -87,7 +88,8 @@ class EngineActor:
             stage_s = time.perf_counter() - start_s
             committed = self._engine.commit()
             manifest, base = self._log.manifest(version), self._version
-            frames = manifest.delta if manifest.base_version == base else manifest.anchor
+            goes_on = manifest.delta and manifest.base_version == base
+            frames = manifest.delta if goes_on else manifest.anchor
             self._version = version
             self._event(
                 "commit",
@@ -168,8 +170,8 @@ class RolloutPool:
                 engine = self._engines[place]
                 try:
                     hashes[engine.name] = ray.get(engine.actor.audit.remote(version))
-                except ray.exceptions.RayActorError:
-                    self._replace(engine)
+                except ray.exceptions.RayActorError as error:
+                    self._replace(engine, error)
         return hashes
 
     def _start(self, what: str) -> _Engine:
@@ -181,17 +183,19 @@ class RolloutPool:
         self._events.write("engine", {"engine": name, "what": what, "version": None})
         return _Engine(name, actor)
 
-    def _replace(self, engine: _Engine) -> None:
+    def _replace(self, engine: _Engine, error: ray.exceptions.RayActorError) -> None:
         with self._changed:
             if engine not in self._engines:
                 return
-            self._events.write("engine", {"engine": engine.name, "what": "dead", "version": None})
+            reason = str(error).strip().splitlines()[-1]
+            dead = {"engine": engine.name, "what": "dead", "version": None, "reason": reason}
+            self._events.write("engine", dead)
             if engine.unit is not None:
                 self._queue.appendleft(engine.unit)
             if self._started - self._rollout.engines >= self._rollout.max_replacements:
                 self._failure = (
                     f"{self._started} rollout engines were started and died; gave up after"
-                    f" rollout.max_replacements={self._rollout.max_replacements}"
+                    f" rollout.max_replacements={self._rollout.max_replacements}: {reason}"
                 )
                 self._changed.notify_all()
                 return
@@ -219,8 +223,8 @@ class RolloutPool:
     def _take(self, engine: _Engine) -> None:
         try:
             samples = ray.get(engine.running)
-        except ray.exceptions.RayActorError:
-            self._replace(engine)
+        except ray.exceptions.RayActorError as error:
+            self._replace(engine, error)
             return
         except ray.exceptions.RayTaskError as error:
             with self._changed:

@@ -58,4 +58,4 @@ class WandbMirror:
     def close(self) -> None:
         """Flushes and ends the wandb run."""
         if self._run is not None:
-            self._run.finish(quiet=True)
+            self._run.finish()

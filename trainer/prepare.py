@@ -1,7 +1,7 @@
-"""What a run makes for itself before the first rank starts: its problems and its tokenizer.
+"""What a run makes for itself before the first rank starts: problems, tokenizer, weight log.
 
-The one idea: both are written once into the run's folder, so that every rank, every attempt and
-every export reads the same bytes. No torch here.
+The one idea: they are made once in the run's folder, so that every rank, every attempt, every
+engine and every export reads the same bytes. No torch here.
 """
 
 from __future__ import annotations
@@ -11,18 +11,20 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+from gossamer.comm.log import WeightLog
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.corpus import read_documents
 from gossamer.trainer.task import Problem, TaskProblems, build_problems
 from gossamer.trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-TOKENIZER_FILE, PROBLEMS_FILE = "tokenizer.json", "problems.json"
+TOKENIZER_FILE, PROBLEMS_FILE, LOG_FOLDER = "tokenizer.json", "problems.json", "log"
 SPLITS = ("train", "dev", "heldout")
 
 
-def prepare_run(config: TrainConfig, run_dir: Path) -> None:
-    """Writes problems.json (when there is a task) and tokenizer.json, unless they are there."""
+def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
+    """Makes problems.json (when there is a task), tokenizer.json and the weight log, if missing."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    WeightLog.open(run_dir / LOG_FOLDER, run_id=name, create=True)
     texts: list[str] = []
     if config.task is not None:
         if not (run_dir / PROBLEMS_FILE).is_file():

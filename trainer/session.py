@@ -26,12 +26,12 @@ from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.optim import build_adamw, decays, lr_at
-from gossamer.trainer.prepare import load_problems, load_run_tokenizer
+from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.tokenizer import token_fields
 from gossamer.trainer.update import UpdateResult, update
 
-CHECKPOINTS, LOG = "checkpoints", "log"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +86,7 @@ class Session:
             lambda groups: build_adamw(groups, config.optim),
             decays,
         )
-        self._log = WeightLog.open(place.run_dir / LOG, run_id=place.name, create=True)
+        self._log = WeightLog.open(place.run_dir / LOG_FOLDER, run_id=place.name)
         self._epoch = self._claim_epoch()
         self._publisher = Publisher(
             self._log, self.dims.rank, self.dims.world_size, self._epoch, config.log
