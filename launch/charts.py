@@ -222,8 +222,9 @@ def expert_chart(settled: list[Event]) -> Chart:
     styled(figure, max(300, 120 + 34 * len(layers)))
     figure.update_layout(legend={"x": 0.62}, margin={"l": 84})
     note = (
-        f"Left: tokens per expert over the last {len(last)} steps that recorded it, as a multiple of the layer's "
-        "mean. Right: the busiest expert of each layer, step by step; 1 is perfect balance."
+        f"Left: tokens per expert over the last {len(last)} steps that recorded it, as "
+        "a multiple of the layer's mean. Right: the busiest expert of each layer, step by step; "
+        "1 is perfect balance."
     )
     return Chart(key="experts", title=title, note=note, figure=figure, wide=True)
 
