@@ -5,6 +5,7 @@ import torch
 from gossamer.comm.codec.bits import apply_steps, steps_between, tensor_bits
 from gossamer.comm.codec.part import PartEncoder, Rows
 from gossamer.comm.codec.runs import MAX_RUN_ELEMENTS, RunCodec, split_rows
+from gossamer.comm.codec.step import StepCodec
 from gossamer.comm.wire import Frame, Run, pack_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -106,6 +107,15 @@ def test_a_delta_never_exceeds_the_anchor(density, kind, seed):
             rows.append(Rows(name, shape, 0, values.view(torch.bfloat16).reshape(shape)))
     delta, anchor = encoded_bytes(before, after)
     assert delta <= anchor
+
+
+def test_positions_cost_at_most_a_bitmap_and_little_when_few():
+    rng = np.random.default_rng(0)
+    old = rng.integers(0, 2**15 - 1, 64 * 128, np.uint16)
+    for density, most_bytes in ((0.5, len(old) / 8 + 40), (0.04, 370), (0.001, 60)):
+        new = np.where(rng.random(len(old)) < density, old + 1, old).astype(np.uint16)
+        (block,) = StepCodec().encode(old, new, np.flatnonzero(old != new), len(old))
+        assert block.count > 4 and len(block.payload) < most_bytes
 
 
 def test_small_steps_cost_about_a_byte_a_change():

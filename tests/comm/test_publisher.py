@@ -226,6 +226,45 @@ def test_books_are_the_bytes_written(tmp_path):
         state = moved(state, 0.1, step)
 
 
+def test_a_store_that_fails_moves_no_base(tmp_path):
+    log, writer = new_writer(tmp_path)
+    state = toy_state()
+    writer.publish(rows_of(state), 0)
+    after = moved(state, 0.1, 1)
+    (tmp_path / "parts").rename(tmp_path / "away")
+    (tmp_path / "parts").touch()
+    with pytest.raises(OSError, match="parts"):
+        writer.publish(rows_of(after), 1)
+    (tmp_path / "parts").unlink()
+    (tmp_path / "away").rename(tmp_path / "parts")
+    assert log.head() == 0
+    assert writer.publish(rows_of(after), 1).version == 1
+    assert same_bits(read_state(log), after)
+
+
+def test_a_part_may_be_empty_and_a_version_without_a_change(tmp_path):
+    log = WeightLog.open(tmp_path, create=True)
+    epoch = log.claim_epoch()
+    state = toy_state()
+
+    def publish(part, rows):
+        publisher = Publisher(log, part, 2, epoch, CONFIG)
+        for step in range(5):
+            publisher.publish(rows, step)
+
+    idle = threading.Thread(target=publish, args=(1, []))
+    idle.start()
+    publish(0, list(rows_of(state)))
+    idle.join()
+    manifest = log.manifest(4)
+    assert (manifest.num_changed, len(manifest.delta), len(manifest.anchor)) == (0, 2, 2)
+    live = LiveWeights(zeros())
+    subscriber = Subscriber(log, live)
+    for version in range(5):
+        subscriber.commit(subscriber.fetch_and_stage(version))
+    assert same_bits(live.tensors, state)
+
+
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
