@@ -85,7 +85,7 @@ def loss_chart(settled: list[Event]) -> Chart:
         figure.add_trace(curve, row=1, col=col)
         unit = "policy loss" if phase in rl else "cross-entropy (nats per token)"
         figure.update_yaxes(title=unit, row=1, col=col)
-        figure.update_xaxes(title=f"{words(phase)} step", row=1, col=col)
+        figure.update_xaxes(title=f"train step ({words(phase)})", row=1, col=col)
     note = "Each phase on its own axes; the losses of two phases are not comparable."
     if len(phases) == 1:
         note = f"Over the steps of {words(phases[0])}."
@@ -117,7 +117,7 @@ def reward_chart(settled: list[Event]) -> Chart:
                     hovertemplate="step %{x}, version %{customdata}: %{y:.3f}",
                 )
             )
-    figure.update_xaxes(title="RL step")
+    figure.update_xaxes(title="train step (RL)")
     figure.update_yaxes(title="reward (share, 0–1)", rangemode="tozero")
     note = "Training reward is the batch's mean; no held-out evaluation was made."
     if heldout:

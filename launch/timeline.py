@@ -29,7 +29,7 @@ from plotly.subplots import make_subplots
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Clock:
-    """Turns unix times into time since the run's first event, in a unit that suits the run."""
+    """Turns unix times into time since the first run_start, in a unit that suits the run."""
 
     zero_s: float
     unit_s: float
@@ -37,11 +37,12 @@ class Clock:
 
     @classmethod
     def of(cls, events: list[Event]) -> Clock:
-        wall_s = events[-1]["time_s"] - events[0]["time_s"]
+        zero_s = of_kind(events, "run_start")[0]["time_s"]
+        wall_s = events[-1]["time_s"] - zero_s
         unit_s, unit = next(
             u for u in ((1, "s"), (60, "min"), (3600, "h")) if wall_s <= 300 * u[0] or u[1] == "h"
         )
-        return cls(zero_s=events[0]["time_s"], unit_s=unit_s, unit=unit)
+        return cls(zero_s=zero_s, unit_s=unit_s, unit=unit)
 
     def at(self, time_s: float) -> float:
         return (time_s - self.zero_s) / self.unit_s
