@@ -97,6 +97,7 @@ def test_a_takeover_rewinds_its_followers_and_ends_the_zombie(tmp_path):
     assert heir.publish(rows_of(branch), 2).kind == "delta"
     follower = Subscriber(log, live)
     assert follower.next_version() == 3  # over the break by anchor, then by delta
+    assert [log.next_version(live_at) for live_at in (None, 0, 3, 4)] == [3, 3, 4, None]
     assert follower.catch_up() == 4
     assert same_bits(live.tensors, branch)
     assert same_bits(read_state(log, 2), states[2])
