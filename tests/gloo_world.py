@@ -28,10 +28,12 @@ def run_world(function: Callable[..., Any], world_size: int, *arguments: Any) ->
             process.join(240)
         failures = [Path(folder, f"error-{rank}") for rank in range(world_size)]
         texts = [path.read_text() for path in failures if path.exists()]
-        for process in ranks:
+        for rank, process in enumerate(ranks):
             if process.is_alive():
                 process.kill()
-                texts.append(f"rank {process.pid} hung")
+                texts.append(f"rank {rank} hung")
+            elif process.exitcode:
+                texts.append(f"rank {rank} ended with exit code {process.exitcode}")
         assert not texts, "\n".join(texts)
         return [torch.load(Path(folder, f"{r}.pt"), weights_only=True) for r in range(world_size)]
 

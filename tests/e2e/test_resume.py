@@ -1,0 +1,151 @@
+"""A run that is killed twice and resumed is the run that was never killed (DECISIONS 9)."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from gloo_world import run_world
+from gossamer.comm.log import WeightLog
+from gossamer.launch.recipe import build_config
+from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
+from gossamer.trainer.config import TrainConfig
+from gossamer.trainer.prepare import prepare_run
+
+SETTINGS = {
+    "seed": 5,
+    "model": {
+        "hf": {
+            "model_type": "qwen3_moe",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "intermediate_size": 48,
+            "tie_word_embeddings": False,
+        }
+    },
+    "tokenizer": {"vocab_size": 300, "train_chars": 50_000},
+    "task": {"size": 900, "min_heldout": 10},
+    "data": {"seq_len": 64, "num_rows": 5, "task_share": 0.6, "corpus_chars": 20_000},
+    "rl": {
+        "prompts_per_step": 4,
+        "samples_per_prompt": 3,
+        "prompts_per_unit": 2,
+        "max_new_tokens": 4,
+        "seq_len": 64,
+        "max_staleness": 0,
+        "normalise_by_std": False,
+        # random models are never right: a reward that is never constant instead
+        "reward": "test_resume:number_of_digits",
+    },
+    "parallel": {"expert": 2, "zero_stage": 1},
+    "phases": [
+        {"name": "warm_start", "kind": "next_token", "max_steps": 6, "lr": 0.01},
+        {"name": "rl", "kind": "grpo", "max_steps": 5, "lr": 0.01},
+    ],
+    "checkpoint": {"every_steps": 2, "keep_last": 20},
+    "metrics": {"wandb_mode": "disabled"},
+}
+
+
+def number_of_digits(completion: str, answer: str, finished: bool) -> float:
+    return len(completion.encode()) * 0.1 + finished
+
+
+def run_until(run_dir: str, kill_at_step: int | None) -> dict:
+    """One rank of one attempt; SIGKILLs itself after recording update `kill_at_step`."""
+    from gossamer.launch.controller import newest_checkpoint
+    from gossamer.trainer.loop import train
+    from gossamer.trainer.model import hf_config
+    from gossamer.trainer.prepare import load_run_tokenizer
+    from gossamer.trainer.session import RunPlace, Session
+    from gossamer.trainer.tokenizer import token_fields
+    from local_rollouts import LocalRollouts
+
+    config, folder = build_config(TrainConfig, SETTINGS, "train"), Path(run_dir)
+    rollouts = None
+    if torch.distributed.get_rank() == 0:
+        tokens = token_fields(load_run_tokenizer(folder).vocab_size)
+        rollouts = LocalRollouts(folder, hf_config(config.model, tokens).to_dict(), 2)
+    place = RunPlace(run_dir=folder, name="test", resume_from=newest_checkpoint(folder))
+    session = Session(config, place, rollouts, on_checkpoint=lambda step: None)
+    record = session.record
+
+    def record_and_die(*arguments) -> None:
+        record(*arguments)
+        if session.progress.step == kill_at_step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    session.record = record_and_die
+    train(session)
+    return {"step": session.progress.step}
+
+
+def events(run_dir: Path, event: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["event"] == event]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    config = build_config(TrainConfig, SETTINGS, "train")
+    whole, killed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
+    for folder in (whole, killed):
+        prepare_run(config, folder, "test")
+    run_world(run_until, 2, str(whole), None)
+    for kill_at_step in (3, 9):  # in the middle of a checkpoint interval of each phase
+        with pytest.raises(AssertionError, match="exit code -9"):
+            run_world(run_until, 2, str(killed), kill_at_step)
+    run_world(run_until, 2, str(killed), None)
+    return whole, killed
+
+
+def test_every_step_and_the_final_state_are_the_same_bits(runs):
+    whole, killed = runs
+    losses = {e["step"]: (e["loss"], e["grad_norm"]) for e in events(whole, "train_step")}
+    redone = [e["step"] for e in events(killed, "train_step")]
+    assert redone == [1, 2, 3, 3, 4, 5, 6, 7, 8, 9, 9, 10, 11]
+    for event in events(killed, "train_step"):
+        assert (event["loss"], event["grad_norm"]) == losses[event["step"]], event["step"]
+    ends = [Checkpoint(list_checkpoints(folder / "checkpoints")[-1]) for folder in runs]
+    assert [end.step for end in ends] == [11, 11]
+    for name, shape in ends[0].shapes.items():
+        one, other = (end.read(name, 0, shape[0]) for end in ends)
+        assert torch.equal(one.master, other.master), name
+        assert torch.equal(one.moments["exp_avg"], other.moments["exp_avg"]), name
+        assert torch.equal(one.moments["exp_avg_sq"], other.moments["exp_avg_sq"]), name
+
+
+def test_rl_trains_on_the_same_samples_and_learns(runs):
+    whole, killed = runs
+    rewards = {
+        e["step"]: e["reward_mean"] for e in events(whole, "train_step") if "reward_mean" in e
+    }
+    assert len(rewards) == 5 and len(set(rewards.values())) > 1
+    for event in events(killed, "train_step"):
+        if "reward_mean" in event:
+            assert event["reward_mean"] == rewards[event["step"]]
+            assert event["staleness_mean"] == 0.0
+    assert all(e["grad_norm"] > 0 for e in steps)
+
+
+def test_no_version_is_used_twice_and_engines_end_bit_exact(runs):
+    whole, killed = runs
+    log = WeightLog.open(killed / "log")
+    manifests = [log.manifest(version) for version in range(log.head() + 1)]
+    # published at steps 6 to 9, killed, taken over at the checkpoint of step 8
+    assert [m.step for m in manifests] == [6, 7, 8, 9, 8, 9, 10, 11]
+    assert [m.rewind_to_step for m in manifests] == [None] * 4 + [8] + [None] * 3
+    assert [m.writer_epoch for m in manifests] == [2] * 4 + [3] * 4
+    reference = WeightLog.open(whole / "log")
+    assert manifests[-1].state_hash == reference.manifest(reference.head()).state_hash
+    for folder in runs:
+        audits = events(folder, "audit")
+        assert len(audits) == 2 and all(audit["equal"] for audit in audits)
