@@ -125,6 +125,8 @@ def _engine_model(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
 def _sentence(error: BaseException) -> str:
     """The last meaningful line of an error that Ray may have wrapped many times."""
+    if "worker process has died" in str(error):
+        return "a trainer rank's process was killed or crashed"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 
