@@ -78,7 +78,7 @@ class MoEBlock(nn.Module):
         if dist.is_initialized():
             dist.all_reduce(total_E)
         slots = total_E.sum().clamp(min=1)
-        tokens = slots // expert_TK.shape[1]
+        tokens = (slots // expert_TK.shape[1]).clamp(min=1)  # no real token anywhere: 0, not NaN
         share_E = total_E.to(probability_TE.dtype) / slots
         loss = self.num_experts * (share_E * probability_TE.sum(0)).sum() / tokens
         return BlockStatistics(count_E, loss)
