@@ -1,7 +1,8 @@
 """Grouped SwiGLU experts: all local experts' matrices in two tensors, one grouped GEMM each.
 
 The one idea: rows arrive grouped by expert, so a grouped GEMM with offsets replaces the loop; the
-loop stays as the plain reference and for float64, which grouped_mm refuses.
+loop stays as the plain reference, and for what grouped_mm refuses: float64, and weights whose rows
+are not multiples of 16 bytes.
 
 Shapes: R rows, D hidden, F expert width, e local experts.
 """
@@ -23,7 +24,10 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Tensor, count_e: Tensor) -> Tensor:
         """x_RD: rows grouped by expert; count_e: rows of each (int64). Returns y_RD."""
-        multiply = loop_matmul if x_RD.dtype == torch.float64 else grouped_matmul
+        widths = (self.gate_up_proj.shape[-1], self.down_proj.shape[-1])
+        is_aligned = all(width * x_RD.element_size() % 16 == 0 for width in widths)
+        has_kernel = is_aligned and x_RD.dtype != torch.float64
+        multiply = grouped_matmul if has_kernel else loop_matmul
         gate_RF, up_RF = multiply(x_RD, self.gate_up_proj, count_e).chunk(2, dim=-1)
         return multiply(F.silu(gate_RF) * up_RF, self.down_proj, count_e)
 
