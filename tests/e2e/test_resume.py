@@ -1,6 +1,5 @@
 """A run that is killed twice and resumed is the run that was never killed (DECISIONS 9)."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,50 +12,7 @@ from gossamer.launch.recipe import build_config
 from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.prepare import prepare_run
-
-SETTINGS = {
-    "seed": 5,
-    "model": {
-        "hf": {
-            "model_type": "qwen3_moe",
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "intermediate_size": 48,
-            "tie_word_embeddings": False,
-        }
-    },
-    "tokenizer": {"vocab_size": 300, "train_chars": 50_000},
-    "task": {"size": 900, "min_heldout": 10},
-    "data": {"seq_len": 64, "num_rows": 5, "task_share": 0.6, "corpus_chars": 20_000},
-    "rl": {
-        "prompts_per_step": 4,
-        "samples_per_prompt": 3,
-        "prompts_per_unit": 2,
-        "max_new_tokens": 4,
-        "seq_len": 64,
-        "max_staleness": 0,
-        "normalise_by_std": False,
-        # random models are never right: a reward that is never constant instead
-        "reward": "test_resume:number_of_digits",
-    },
-    "parallel": {"expert": 2, "zero_stage": 1},
-    "phases": [
-        {"name": "warm_start", "kind": "next_token", "max_steps": 6, "lr": 0.01},
-        {"name": "rl", "kind": "grpo", "max_steps": 5, "lr": 0.01},
-    ],
-    "checkpoint": {"every_steps": 2, "keep_last": 20},
-    "metrics": {"wandb_mode": "disabled"},
-}
-
-
-def number_of_digits(completion: str, answer: str, finished: bool) -> float:
-    return len(completion.encode()) * 0.1 + finished
+from tiny_run import SETTINGS, events
 
 
 def run_until(run_dir: str, kill_at_step: int | None) -> dict:
@@ -86,11 +42,6 @@ def run_until(run_dir: str, kill_at_step: int | None) -> dict:
     session.record = record_and_die
     train(session)
     return {"step": session.progress.step}
-
-
-def events(run_dir: Path, event: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +76,8 @@ def test_every_step_and_the_final_state_are_the_same_bits(runs):
 
 def test_rl_trains_on_the_same_samples_and_learns(runs):
     whole, killed = runs
-    rewards = {
-        e["step"]: e["reward_mean"] for e in events(whole, "train_step") if "reward_mean" in e
-    }
+    steps = [e for e in events(whole, "train_step") if "reward_mean" in e]
+    rewards = {e["step"]: e["reward_mean"] for e in steps}
     assert len(rewards) == 5 and len(set(rewards.values())) > 1
     for event in events(killed, "train_step"):
         if "reward_mean" in event:

@@ -1,0 +1,104 @@
+"""The gossamer command on a real Ray cluster: a whole run, and one in which things are killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from gossamer.comm.log import WeightLog
+from gossamer.comm.reader import read_state
+from tiny_run import SETTINGS, events
+
+TESTS = Path(__file__).parent.parent
+
+
+def write_recipe(folder: Path) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps({"name": "tiny", "train": SETTINGS, "rollout": {"engines": 2}}))
+    return path
+
+
+def gossamer(*words: object) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS)}  # workers import tiny_run's reward
+    command = [sys.executable, "-m", "gossamer.launch.cli", *map(str, words)]
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def finish(process: subprocess.Popen, expected_code: int) -> str:
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == expected_code, printed
+    return printed
+
+
+def wait_for(run_dir: Path, process: subprocess.Popen, event: str, **fields: object) -> None:
+    """Until the run has written such an event."""
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s:
+        assert process.poll() is None, process.communicate()[0]
+        if (run_dir / "metrics.jsonl").exists():
+            for found in events(run_dir, event):
+                if fields.items() <= found.items():
+                    return
+        time.sleep(0.05)
+    raise AssertionError(f"no {event} {fields} in {run_dir}")
+
+
+def kill(run_dir: Path, role: str) -> None:
+    os.kill(int((run_dir / "pids" / role).read_text()), signal.SIGKILL)
+
+
+def test_a_whole_run_from_the_command_line(tmp_path):
+    run_dir = tmp_path / "run"
+    printed = finish(gossamer("rl", write_recipe(tmp_path), "--run-dir", run_dir), 0)
+    assert "equal the trainer's bit for bit" in printed
+    assert str(run_dir / "report.html") in printed
+    assert "deepspeed" not in printed.lower() and "raylet" not in printed.lower()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["engines_bit_exact"] is True
+    assert (summary["versions"], summary["steps"], summary["ep_size"]) == (6, 11, 2)
+    assert 0 < summary["wire_bytes"] < summary["full_bytes"]
+    assert (run_dir / "report.html").stat().st_size > 1_000_000
+    refused = finish(gossamer("rl", write_recipe(tmp_path), "--run-dir", run_dir), 1)
+    assert "already holds a run" in refused
+    assert "has finished" in finish(gossamer("resume", run_dir), 1)
+
+
+@pytest.mark.slow
+def test_killed_engine_rank_and_driver_leave_the_run_that_was_never_killed(tmp_path):
+    recipe, whole, killed = write_recipe(tmp_path), tmp_path / "whole", tmp_path / "killed"
+    finish(gossamer("rl", recipe, "--run-dir", whole), 0)
+
+    first = gossamer("rl", recipe, "--run-dir", killed)
+    wait_for(killed, first, "publish", version=1)
+    kill(killed, "engine-0")
+    wait_for(killed, first, "engine", what="replaced")
+    wait_for(killed, first, "train_step", step=9)
+    kill(killed, "rank-1")
+    printed = finish(first, 1)
+    assert "a trainer rank's process was killed" in printed and "gossamer resume" in printed
+
+    second = gossamer("resume", killed)
+    wait_for(killed, second, "run_start", attempt=2)
+    wait_for(killed, second, "train_step", step=10)
+    second.kill()
+    second.wait()
+
+    finish(gossamer("resume", killed), 0)
+    logs = [WeightLog.open(folder / "log") for folder in (whole, killed)]
+    states = [read_state(log) for log in logs]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert tensor.equal(states[1][name]), name
+    writers = [logs[1].manifest(v).writer_epoch for v in range(logs[1].head() + 1)]
+    assert writers == sorted(writers) and set(writers) == {1, 2, 3}
+    summary = json.loads((killed / "summary.json").read_text())
+    assert summary["engines_bit_exact"] and summary["attempts"] == 3
+    rewards = {e["step"]: e["reward_mean"] for e in events(whole, "train_step") if e["step"] > 6}
+    for event in events(killed, "train_step"):
+        assert event["step"] <= 6 or event["reward_mean"] == rewards[event["step"]]
