@@ -138,6 +138,7 @@ class DeepSpeedEngine:
 
     def write(self, read: ReadRows, num_updates: int) -> None:
         for state in self._states:
+            self._optimizer.state.pop(state.parameter, None)
             if num_updates:
                 self._create_moments(state, num_updates)
             for segment in state.layout.segments:
