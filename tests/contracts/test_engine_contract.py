@@ -1,0 +1,367 @@
+"""What every Engine keeps. Yours: GOSSAMER_ENGINE=my_package.mod:name pytest <this file>.
+
+An engine is built from (module, expert_blocks, segments, dims, config, build_optimizer, decays).
+Each layout is one world of two ranks, which goes through everything and tells what it saw.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_world import run_world
+from gossamer.comm.names import logical_views
+from gossamer.parallel.config import ParallelConfig
+from gossamer.parallel.dims import ParallelDims, build_dims
+from gossamer.parallel.dispatch import Dispatcher
+from gossamer.parallel.engine import BAND_ROWS, ENGINES, Engine, Owned
+from gossamer.trainer.config import OptimConfig
+from gossamer.trainer.import_path import resolve
+from gossamer.trainer.moe.block import MoEBlock, StepContext
+from gossamer.trainer.moe.experts import GroupedExperts
+from gossamer.trainer.moe.router import TopKSoftmaxRouter
+from gossamer.trainer.optim import build_adamw, decays
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+NAMES = [*ENGINES, *filter(None, [os.environ.get("GOSSAMER_ENGINE")])]
+D, F, E, K, ROWS = 16, 72, 4, 2, 8
+LR = 1e-2
+MOMENTS = ["exp_avg", "exp_avg_sq"]
+WRITER = (1, 2, 1, "float32")
+LAYOUTS = {
+    "EP=2 ZeRO-1": WRITER,
+    "EP=2 ZeRO-0": (1, 2, 0, "float32"),
+    "DP=2 ZeRO-0": (2, 1, 0, "float32"),
+    "DP=2 ZeRO-1": (2, 1, 1, "float32"),
+    "DP=2 ZeRO-2": (2, 1, 2, "float32"),
+    "EP=2 ZeRO-1 bf16": (1, 2, 1, "bfloat16"),
+}
+"""(data, expert, ZeRO stage, compute dtype)"""
+CLOSE = {"float32": 1e-5, "bfloat16": 2e-2}
+"""Relative, by compute dtype."""
+
+Snapshot = dict[str, Tensor]
+"""Owned rows by kind|name|row_start."""
+
+
+class TinyMoE(nn.Module):
+    """x [rows, D] -> [rows, D]: matrices that fill bands and partitions unevenly, and vectors."""
+
+    def __init__(self, seed: int, dims: ParallelDims) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.up, self.norm, self.down = nn.Linear(D, 150), nn.LayerNorm(150), nn.Linear(150, D)
+        gate_ED, gate_up_EFD, down_EDF = (
+            torch.randn(shape) / 4 for shape in [(E, D), (E, 2 * F, D), (E, D, F)]
+        )
+        mine = dims.local_experts(E)
+        local = slice(mine.start, mine.stop)
+        experts = GroupedExperts(gate_up_EFD[local].clone(), down_EDF[local].clone())
+        router, context = TopKSoftmaxRouter(gate_ED, K, True), StepContext()
+        self.mlp = MoEBlock(router, experts, Dispatcher(dims, E), context, False)
+
+    def forward(self, x_RD: Tensor) -> Tensor:
+        h_RD = x_RD + self.down(self.norm(self.up(x_RD)).relu())
+        return h_RD + self.mlp(h_RD)
+
+
+class World:
+    """One rank: a model, its engine, and rows of numbers to learn from."""
+
+    def __init__(self, name: str, seed: int, layout: tuple[int, int, int, str]) -> None:
+        data, expert, zero_stage, dtype = layout
+        config = ParallelConfig(
+            data=data, expert=expert, zero_stage=zero_stage, compute_dtype=dtype
+        )
+        self.dims = build_dims(config)
+        self.dtype = getattr(torch, dtype)
+        self.model = model = TinyMoE(seed, self.dims)
+        offset = self.dims.local_experts(E).start
+        segments = {
+            name: [(n, tuple(v.shape)) for n, v in logical_views([(name, p)], offset).items()]
+            for name, p in model.named_parameters()
+        }
+        self.initial = self.weights()
+        self.engine: Engine = resolve(name, ENGINES, "engine")(
+            model,
+            [model.mlp],
+            segments,
+            self.dims,
+            config,
+            lambda groups: build_adamw(groups, OptimConfig(weight_decay=0.1)),
+            decays,
+        )
+
+    def losses(self, updates: int, parts: int = 1, max_norm: float = 0.0) -> list[float]:
+        """Losses over all ranks of some updates, each of `parts` micro-batches."""
+        found = []
+        for _ in range(updates):
+            loss = torch.zeros(())
+            for part in range(parts):
+                share = self.share(part, parts)
+                self.engine.backward(share, is_last=part == parts - 1)
+                loss += share.detach().float()
+            dist.all_reduce(loss)
+            self.norm = self.engine.step(LR, max_norm)
+            found.append(float(loss))
+        return found
+
+    def share(self, part: int = 0, parts: int = 1) -> Tensor:
+        """This rank's share of the mean squared error over all rows."""
+        generator = torch.Generator().manual_seed(11)
+        x_RD, y_RD = torch.randn(2, ROWS, D, generator=generator).to(self.dtype).unbind()
+        mine = torch.arange(ROWS).chunk(self.dims.world_size)[self.dims.rank].chunk(parts)[part]
+        return (self.engine.module(x_RD[mine]) - y_RD[mine]).square().sum() / ROWS
+
+    def snapshot(self, with_moments: bool = True) -> Snapshot:
+        return {
+            f"{kind}|{rows.name}|{rows.row_start}": values.clone()
+            for rows in self.engine.owned(with_moments)
+            for kind, values in {"master": rows.master, **rows.moments}.items()
+        }
+
+    def weights(self) -> Snapshot:
+        """What the forward pass computes with, under logical names."""
+        offset = self.dims.local_experts(E).start
+        views = logical_views(self.model.named_parameters(), offset)
+        return {name: view.clone() for name, view in views.items()}
+
+
+def different(before: Snapshot, after: Snapshot) -> list[str]:
+    """Keys that are not in both with the same bits."""
+    same = [k for k in before.keys() & after.keys() if torch.equal(bits(before[k]), bits(after[k]))]
+    return sorted((before.keys() | after.keys()) - set(same))
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def share_rows(folder: Path, rank: int, snapshot: Snapshot) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file(snapshot, folder / f"{rank}.safetensors")
+    dist.barrier()
+
+
+def rows_in(folder: Path) -> Callable[[str, int, int], Owned]:
+    """Reads rows that all ranks of some world have shared in a folder."""
+    pieces: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for path in folder.iterdir():
+        for key, values in load_file(path).items():
+            kind, name, start = key.split("|")
+            pieces.setdefault((name, kind), {})[int(start)] = values
+    whole = {key: torch.cat([rows[s] for s in sorted(rows)]) for key, rows in pieces.items()}
+
+    def read(name: str, start: int, stop: int) -> Owned:
+        kinds = {kind: t[start:stop] for (n, kind), t in whole.items() if n == name}
+        shape = tuple(whole[name, "master"].shape)
+        return Owned(name, shape, start, stop, kinds.pop("master"), kinds)
+
+    return read
+
+
+def go_through_everything(
+    name: str, layout: tuple[int, int, int, str], folder: str, written: str | None
+) -> dict:
+    if written is None:  # nothing to compile with, and nothing compiled before
+        os.environ.update(PATH="", TORCH_EXTENSIONS_DIR=f"{folder}/extensions")
+    world, root = World(name, seed=3, layout=layout), Path(folder)
+    engine, rank = world.engine, world.dims.rank
+    seen = {"compilers": [t for t in ("ninja", "c++", "g++", "gcc") if shutil.which(t)]}
+
+    start = world.snapshot()
+    share_rows(root / "start", rank, start)
+    seen["rows"] = [
+        (o.name, list(o.shape), o.row_start, o.row_stop, list(o.master.shape))
+        for o in engine.owned(with_moments=False)
+    ]
+    seen["initial"], seen["start"] = world.initial, start
+
+    first = world.losses(1)
+    seen["norm"], after_one = world.norm, world.snapshot()
+    share_rows(root / "one", rank, after_one)
+    seen["after_one"] = after_one
+    masters = rows_in(root / "one")
+    seen["weights_that_are_not_masters"] = [
+        name
+        for name, weight in world.weights().items()
+        if not torch.equal(weight, masters(name, 0, len(weight)).master.to(world.dtype))
+    ]
+    second = world.losses(2)
+    after_three = world.snapshot()
+    seen["num_updates"] = engine.num_updates
+
+    engine.write(masters, num_updates=1)
+    seen["changed_by_writing"] = different(after_one, world.snapshot())
+    seen["losses"], seen["losses_again"] = first + second, first + world.losses(2)
+    seen["changed_by_going_on"] = different(after_three, world.snapshot())
+
+    engine.write(rows_in(root / "start"), num_updates=0)
+    seen["changed_by_starting_over"] = different(start, world.snapshot())
+    world.losses(1, parts=2)
+    seen["in_two_parts"] = world.snapshot()
+    engine.write(rows_in(root / "start"), num_updates=0)
+    world.losses(1, max_norm=seen["norm"] / 4)
+    seen["clipped"], seen["clipped_norm"] = world.snapshot(), world.norm
+
+    other_layout = Path(written) if written else root / "one"
+    engine.write(rows_in(other_layout), num_updates=1)
+    seen["from_other_layout"], seen["losses_from_other_layout"] = world.snapshot(), world.losses(2)
+    seen |= refusals(world, masters)
+    return seen
+
+
+def refusals(world: World, read: Callable[[str, int, int], Owned]) -> dict:
+    """A gradient that is NaN on one rank, and rows of a tensor of another shape."""
+    seen, before, weights = {}, world.snapshot(), world.weights()
+    share = world.share()
+    world.engine.backward(share * float("nan") if world.dims.rank else share, is_last=True)
+    updates = world.engine.num_updates
+    with pytest.raises(FloatingPointError) as raised:
+        world.engine.step(LR, max_norm=1.0)
+    seen["nan_error"] = str(raised.value)
+    changed = different(before, world.snapshot()) + different(weights, world.weights())
+    seen["changed_by_nan"] = changed + ["updates"] * (world.engine.num_updates != updates)
+
+    def read_wider(name: str, start: int, stop: int) -> Owned:
+        rows = read(name, start, stop)
+        shape = (rows.shape[0], *(size + 1 for size in rows.shape[1:]))
+        return Owned(name, shape, start, stop, torch.zeros(stop - start, *shape[1:]), {})
+
+    with pytest.raises(ValueError) as raised:
+        world.engine.write(read_wider, num_updates=0)
+    seen["shape_error"] = str(raised.value)
+    return seen
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def engine_name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def writer(engine_name, tmp_path_factory) -> tuple[list[dict], Path]:
+    """The world whose rows all others go on from; it finds no compiler."""
+    folder = tmp_path_factory.mktemp("writer")
+    return run_world(go_through_everything, 2, engine_name, WRITER, str(folder), None), folder
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS)
+def layout(request) -> tuple[int, int, int, str]:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def ranks(layout, engine_name, writer, tmp_path_factory) -> list[dict]:
+    if layout == WRITER:
+        return writer[0]
+    folder, written = tmp_path_factory.mktemp("layout"), str(writer[1] / "one")
+    return run_world(go_through_everything, 2, engine_name, layout, str(folder), written)
+
+
+def whole(ranks: list[dict], when: str) -> dict[str, Tensor]:
+    """Whole tensors of a snapshot, by kind|name, from the rows of all ranks."""
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for rank in ranks:
+        for key, values in rank[when].items():
+            stem, _, start = key.rpartition("|")
+            pieces.setdefault(stem, {})[int(start)] = values
+    return {stem: torch.cat([rows[s] for s in sorted(rows)]) for stem, rows in pieces.items()}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (found[key] - tensor).norm() <= bound * tensor.norm(), key
+
+
+def test_it_needs_no_compiler(writer):
+    assert [rank["compilers"] for rank in writer[0]] == [[], []]
+
+
+def test_each_row_has_one_owner_and_each_band_too(ranks):
+    shapes = {n: list(w.shape) for rank in ranks for n, w in rank["initial"].items()}
+    assert len(shapes) == 7 + 3 * E
+    owners: dict[tuple[str, int], list[int]] = {}
+    for number, rank in enumerate(ranks):
+        assert rank["rows"]
+        for name, shape, start, stop, held in rank["rows"]:
+            assert shape == shapes[name] and held == [stop - start, *shape[1:]]
+            for row in range(start, stop):
+                owners.setdefault((name, row), []).append(number)
+    assert owners.keys() == {(n, row) for n, shape in shapes.items() for row in range(shape[0])}
+    assert all(len(owner) == 1 for owner in owners.values())
+    for (name, row), owner in owners.items():
+        height = BAND_ROWS if len(shapes[name]) > 1 else shapes[name][0]
+        assert owner == owners[name, row - row % height]
+
+
+def test_masters_start_as_the_models_weights_without_moments(ranks, layout):
+    start, dtype = whole(ranks, "start"), getattr(torch, layout[3])
+    initial = {f"master|{n}": w for rank in ranks for n, w in rank["initial"].items()}
+    assert start.keys() == initial.keys()  # no kind but masters
+    for key, weight in initial.items():
+        assert start[key].dtype == torch.float32
+        assert torch.equal(start[key], weight.to(dtype).float())
+
+
+def test_after_a_step_rows_hold_moments_and_weights_are_the_masters(ranks):
+    after = whole(ranks, "after_one")
+    names = {n for rank in ranks for n in rank["initial"]}
+    assert after.keys() == {f"{kind}|{n}" for kind in ["master", *MOMENTS] for n in names}
+    assert all(after[f"exp_avg|{n}"].any() for n in names)
+    assert [rank["weights_that_are_not_masters"] for rank in ranks] == [[], []]
+    assert different(whole(ranks, "start"), after) == sorted(after)
+
+
+def test_what_is_written_is_owned_and_goes_on_bit_by_bit(ranks):
+    for rank in ranks:
+        assert rank["changed_by_writing"] == []
+        assert rank["changed_by_starting_over"] == []
+        assert rank["losses_again"] == rank["losses"]
+        assert rank["changed_by_going_on"] == []
+        assert rank["num_updates"] == 3
+        assert len(set(rank["losses"])) == 3
+
+
+def test_another_layouts_state_goes_on_with_its_losses(ranks, writer, layout):
+    """Bits on arrival; from then on sums in another order."""
+    arrived, left = whole(ranks, "from_other_layout"), whole(writer[0], "after_one")
+    assert different(arrived, left) == []
+    expected = pytest.approx(writer[0][0]["losses"][1:], rel=CLOSE[layout[3]])
+    assert [rank["losses_from_other_layout"] for rank in ranks] == [expected] * 2
+
+
+def test_micro_batches_add_up(ranks, layout):
+    in_one, in_two = whole(ranks, "after_one"), whole(ranks, "in_two_parts")
+    for kind in MOMENTS:
+        names = [key for key in in_one if key.startswith(kind + "|")]
+        assert_close({k: in_two[k] for k in names}, {k: in_one[k] for k in names}, CLOSE[layout[3]])
+
+
+def test_the_norm_is_that_before_clipping(ranks, writer, layout):
+    """Clipped to a quarter of it, the first moment is a quarter."""
+    for rank in ranks:
+        assert rank["clipped_norm"] == rank["norm"] == ranks[0]["norm"]
+        expected = pytest.approx(writer[0][0]["norm"], rel=CLOSE[layout[3]])
+        assert rank["norm"] == expected
+    clipped, free = whole(ranks, "clipped"), whole(ranks, "after_one")
+    quarter = {k: v / 4 for k, v in free.items() if k.startswith("exp_avg|")}
+    assert_close({k: clipped[k] for k in quarter}, quarter, CLOSE[layout[3]])
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(ranks):
+    for rank in ranks:
+        assert "nan" in rank["nan_error"] and "\n" not in rank["nan_error"]
+        assert rank["changed_by_nan"] == []
+
+
+def test_rows_of_another_shape_are_refused_by_name(ranks):
+    names = {n for rank in ranks for n in rank["initial"]}
+    for rank in ranks:
+        assert rank["shape_error"].split()[0] in names
+        assert "expected" in rank["shape_error"] and "\n" not in rank["shape_error"]
