@@ -24,6 +24,7 @@ from gossamer.parallel.config import ParallelConfig
 from gossamer.parallel.dims import ParallelDims
 from gossamer.parallel.engine import Owned, ReadRows
 from gossamer.parallel.flat_layout import FlatLayout, Run, Segment
+from gossamer.parallel.gather import gather_texts
 from torch import Tensor, nn
 
 LogicalSegments = dict[str, list[tuple[str, tuple[int, ...]]]]
@@ -70,7 +71,8 @@ class DeepSpeedEngine:
             self._zero_states(segments) if self._stage else self._replicated_states(segments)
         )
         local = [s.name for state in self._states for s in state.layout.segments]
-        self._name_index = {name: i for i, name in enumerate(_names_of_all_ranks(local))}
+        names = sorted({n for text in gather_texts("\n".join(local)) for n in text.split("\n")})
+        self._name_index = {name: i for i, name in enumerate(names)}
 
     # --- training -------------------------------------------------------------------------------
 
@@ -257,21 +259,6 @@ def _place(logical: list[tuple[str, tuple[int, ...]]], offset: int) -> list[Segm
     for name, shape in logical:
         placed.append(Segment(name, shape, placed[-1].stop if placed else offset))
     return placed
-
-
-def _names_of_all_ranks(names: Iterable[str]) -> list[str]:
-    """Sorted logical names over all ranks, which hold different experts. A collective call."""
-    mine = torch.frombuffer(bytearray("\n".join(names).encode()), dtype=torch.uint8)
-    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64)
-    sizes[dist.get_rank()] = len(mine)
-    dist.all_reduce(sizes)
-    longest = int(sizes.max())
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(mine)] = mine
-    gathered = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(gathered, padded)
-    texts = [bytes(g[:n].tolist()).decode() for g, n in zip(gathered, sizes.tolist(), strict=True)]
-    return sorted({name for text in texts for name in text.split("\n")})
 
 
 def _parameter_groups(

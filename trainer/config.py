@@ -366,5 +366,5 @@ class TrainConfig:
         experts = self.model.hf.get("num_experts")
         _require(
             not isinstance(experts, int) or experts % self.parallel.expert == 0,
-            f"parallel.expert={self.parallel.expert} does not divide model.hf.num_experts {experts}",
+            f"parallel.expert={self.parallel.expert} does not divide num_experts={experts} of model.hf",
         )

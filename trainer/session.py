@@ -7,7 +7,7 @@ rebuilt from the config. What crosses to rollout engines goes through the log al
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.optim import build_adamw, decays, lr_at
 from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
+from gossamer.trainer.proof import trainer_state_hash
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.tokenizer import token_fields
 from gossamer.trainer.update import UpdateResult, update
@@ -158,14 +159,9 @@ class Session:
             return
         is_takeover = self.version is None and self._log.head() is not None
         dist.barrier()  # every rank has looked at the head before part 0 may move it
-        dtype = getattr(torch, self.config.log.publish_dtype)
-        rows = (
-            Rows(o.name, o.shape, o.row_start, o.master.to(dtype).contiguous())
-            for o in self.engine.owned(with_moments=False)
-        )
         start_s = time.perf_counter()
         published = self._publisher.publish(
-            rows, self.progress.step, self.progress.step if is_takeover else None
+            self._rows(), self.progress.step, self.progress.step if is_takeover else None
         )
         self.version = published.version
         if self._is_first_rank:
@@ -259,9 +255,9 @@ class Session:
         self._on_checkpoint(self.progress.step)
 
     def finish(self) -> None:
-        """Has every engine prove that it holds the last version."""
-        if self._is_first_rank and self._feed.rollouts and self.version is not None:
-            expected = self._log.manifest(self.version).state_hash
+        """Has every engine prove that it holds the trainer's own bits."""
+        expected = trainer_state_hash(self._rows()) if self.version is not None else None
+        if self._is_first_rank and self._feed.rollouts and expected is not None:
             for engine, found in self._feed.rollouts.audit(self.version).items():
                 self._event(
                     "audit",
@@ -274,6 +270,13 @@ class Session:
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
             self._wandb.close()
+
+    def _rows(self) -> Iterator[Rows]:
+        """What this rank owns, rounded as it is published."""
+        dtype = getattr(torch, self.config.log.publish_dtype)
+        for owned in self.engine.owned(with_moments=False):
+            values = owned.master.to(dtype).contiguous()
+            yield Rows(owned.name, owned.shape, owned.row_start, values)
 
     # --- parts ----------------------------------------------------------------------------------
 
