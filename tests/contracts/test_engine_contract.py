@@ -69,6 +69,10 @@ class TinyMoE(nn.Module):
         return h_RD + self.mlp(h_RD)
 
 
+def inputs_and_targets() -> tuple[Tensor, Tensor]:
+    return torch.randn(2, ROWS, D, generator=torch.Generator().manual_seed(11)).unbind()
+
+
 class World:
     """One rank: a model, its engine, and rows of numbers to learn from."""
 
@@ -112,8 +116,7 @@ class World:
 
     def share(self, part: int = 0, parts: int = 1) -> Tensor:
         """This rank's share of the mean squared error over all rows."""
-        generator = torch.Generator().manual_seed(11)
-        x_RD, y_RD = torch.randn(2, ROWS, D, generator=generator).to(self.dtype).unbind()
+        x_RD, y_RD = (rows.to(self.dtype) for rows in inputs_and_targets())
         mine = torch.arange(ROWS).chunk(self.dims.world_size)[self.dims.rank].chunk(parts)[part]
         return (self.engine.module(x_RD[mine]) - y_RD[mine]).square().sum() / ROWS
 
@@ -334,6 +337,22 @@ def test_another_layouts_state_goes_on_with_its_losses(ranks, writer, layout):
     assert different(arrived, left) == []
     expected = pytest.approx(writer[0][0]["losses"][1:], rel=CLOSE[layout[3]])
     assert [rank["losses_from_other_layout"] for rank in ranks] == [expected] * 2
+
+
+def test_gradients_are_those_of_a_plain_backward_pass(ranks, layout):
+    """Of one process that holds all rows and experts; a first moment begins as (1 - beta1) g."""
+    model = TinyMoE(3, ParallelDims(data=1, expert=1, rank=0, expert_group=None))
+    x_RD, y_RD = inputs_and_targets()
+    loss = (model(x_RD) - y_RD).square().sum() / ROWS
+    loss.backward()
+    gradients = logical_views((n, p.grad) for n, p in model.named_parameters())
+    expected = {f"exp_avg|{n}": 0.1 * g for n, g in gradients.items()}
+    after = whole(ranks, "after_one")
+    assert_close({k: after[k] for k in expected}, expected, CLOSE[layout[3]])
+    norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+    for rank in ranks:
+        assert rank["losses"][0] == pytest.approx(float(loss), rel=CLOSE[layout[3]])
+        assert rank["norm"] == pytest.approx(norm, rel=CLOSE[layout[3]])
 
 
 def test_micro_batches_add_up(ranks, layout):
