@@ -23,7 +23,7 @@ from gossamer.trainer.moe.experts import GroupedExperts
 from gossamer.trainer.moe.router import ROUTERS
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 HF_MOE_BLOCKS = (Qwen3MoeSparseMoeBlock,)
@@ -57,15 +57,31 @@ class MoEModel:
 
 
 def hf_config(config: ModelConfig, overrides: dict[str, int]) -> PretrainedConfig:
-    """The Hugging Face config that `config` and the tokenizer's `overrides` describe."""
-    if config.path is not None:
-        if not (Path(config.path) / "config.json").is_file():
+    """The Hugging Face config that `config` and the tokenizer's `overrides` describe.
+
+    Raises FileNotFoundError or ValueError for a folder without one, or a model type that
+    transformers does not know.
+    """
+    if config.path is None:
+        fields, where = dict(config.hf), "model.hf.model_type"
+    else:
+        path = Path(config.path) / "config.json"
+        if not path.is_file():
             raise FileNotFoundError(
                 f"model.path={config.path} has no config.json; expected a Hugging Face folder"
             )
+        try:
+            fields, where = json.loads(path.read_text()), f"{path}: model_type"
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    model_type = fields.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{where} is {model_type!r}, which transformers does not know; expected qwen3_moe"
+        )
+    if config.path is not None:
         return AutoConfig.from_pretrained(config.path)
-    fields = dict(config.hf)
-    return AutoConfig.for_model(fields.pop("model_type"), **{**fields, **overrides})
+    return AutoConfig.for_model(model_type, **{**fields, **overrides})
 
 
 def build_model(
