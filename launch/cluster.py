@@ -24,6 +24,8 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # by default Ray lets any other process of the machine go before its workers
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # ranks and engines are processes with one thread each unless their owner says otherwise
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import ray
