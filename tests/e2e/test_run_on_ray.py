@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from gossamer.comm.log import WeightLog
+from gossamer.comm.names import logical_views
 from gossamer.comm.reader import read_state
 from tiny_run import SETTINGS, events
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TESTS = Path(__file__).parent.parent
 
@@ -31,7 +34,11 @@ def gossamer(*words: object) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, expected_code: int) -> str:
-    printed, _ = process.communicate(timeout=240)
+    try:
+        printed, _ = process.communicate(timeout=280)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     assert process.returncode == expected_code, printed
     return printed
 
@@ -67,6 +74,16 @@ def test_a_whole_run_from_the_command_line(tmp_path):
     refused = finish(gossamer("rl", write_recipe(tmp_path), "--run-dir", run_dir), 1)
     assert "already holds a run" in refused
     assert "has finished" in finish(gossamer("resume", run_dir), 1)
+    finish(gossamer("export", run_dir, tmp_path / "hf"), 0)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    published = read_state(WeightLog.open(run_dir / "log"))
+    loaded = logical_views(exported.named_parameters())
+    assert loaded.keys() == published.keys()
+    for name, tensor in published.items():
+        assert loaded[name].dtype == torch.bfloat16
+        assert torch.equal(loaded[name].view(torch.int16), tensor.view(torch.int16)), name
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.decode(tokenizer("42 - 25 =").input_ids) == "42 - 25 ="
 
 
 @pytest.mark.slow
