@@ -107,14 +107,17 @@ class Checkpoint:
             raise FileNotFoundError(f"{path} is missing; expected a checkpoint written by gossamer")
         try:
             self.state: dict[str, Any] = json.loads(path.read_text())
-            shards = self.state["shards"]
-        except (json.JSONDecodeError, KeyError) as error:
+            shards = {
+                folder / name: (described["bytes"], described["sha256"])
+                for name, described in self.state["shards"].items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a checkpoint manifest: {error}") from error
         self._places: dict[str, list[tuple[int, int, Path]]] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.rng: dict[int, Tensor] = {}
-        for name, described in shards.items():
-            self._index(folder / name, described)
+        for path, (num_bytes, sha256) in shards.items():
+            self._index(path, num_bytes, sha256)
         self._refuse_holes()
 
     @property
@@ -125,6 +128,11 @@ class Checkpoint:
         """Rows [row_start, row_stop) of masters and moments, from whichever shards hold them."""
         if name not in self.shapes:
             raise ValueError(f"{self.folder} holds no tensor {name}; it is of another model")
+        if row_stop > self.shapes[name][0]:
+            raise ValueError(
+                f"{self.folder} holds {name} of shape {self.shapes[name]}, which has no row"
+                f" {row_stop - 1}; it is of another model"
+            )
         kinds = ["master", *(k for k in MOMENTS if f"{k}|{name}" in self._places)]
         values = {kind: self._rows(f"{kind}|{name}", row_start, row_stop) for kind in kinds}
         master = values.pop("master")
@@ -139,10 +147,10 @@ class Checkpoint:
                     parts.append(shard.get_slice(f"{key}|{start}")[low - start : high - start])
         return torch.cat(parts)
 
-    def _index(self, path: Path, described: dict[str, Any]) -> None:
+    def _index(self, path: Path, num_bytes: int, sha256: str) -> None:
         if not path.is_file():
             raise FileNotFoundError(f"checkpoint file {path} is missing")
-        if path.stat().st_size != described["bytes"] or _digest(path).hex() != described["sha256"]:
+        if path.stat().st_size != num_bytes or _digest(path).hex() != sha256:
             raise ValueError(f"checkpoint file {path} does not have the bytes that were written")
         try:
             with safe_open(path, framework="pt") as shard:
