@@ -47,6 +47,5 @@ class Subscriber:
         """Applies versions until the head is live; returns it. Raises LogError on an empty log."""
         while (version := self.next_version()) is not None:
             self.commit(self.fetch_and_stage(version))
-        if self._live.version is None:
-            self._log.newest_anchor()
-        return self._live.version
+        live = self._live.version
+        return self._log.newest_anchor() if live is None else live

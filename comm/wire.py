@@ -22,6 +22,7 @@ import json
 import math
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import zstandard
@@ -44,6 +45,8 @@ MAGIC = b"GSMR"
 WIRE_VERSION = 1
 NO_BASE = 2**64 - 1
 MAX_TABLE_BYTES = 2**28
+RUN_KEYS = ("name", "dtype", "shape", "row_start", "num_rows")
+BLOCK_KEYS = ("codecs", "indices", "counts", "nbytes")
 # magic, wire version, kind, part, num_parts, writer epoch, version, base, step, num_changed,
 # num_runs, table bytes before and after zstd, payload bytes
 HEADER = struct.Struct("<4sHHIIIQQQQIIIQ")
@@ -218,7 +221,7 @@ def _num_rows(shape: tuple[int, ...]) -> int:
     return shape[0] if len(shape) > 1 else 1
 
 
-def _read_table(packed: memoryview, raw_nbytes: int) -> tuple[str, list[object]]:
+def _read_table(packed: memoryview, raw_nbytes: int) -> tuple[str, list[dict[str, Any]]]:
     try:
         _expect(
             zstandard.frame_content_size(packed) == raw_nbytes <= MAX_TABLE_BYTES,
@@ -232,14 +235,18 @@ def _read_table(packed: memoryview, raw_nbytes: int) -> tuple[str, list[object]]
         raise WireError(f"not a sound frame: its table is unreadable ({error})") from error
     _expect(isinstance(run_id, str), "run_id of its table must be a string")
     _expect(isinstance(entries, list), "runs of its table must be a list")
-    return run_id, entries
+    for entry in entries:
+        _expect(isinstance(entry, dict), "a run of its table must be an object")
+    keys = (*RUN_KEYS, *BLOCK_KEYS)
+    return run_id, [{key: entry.get(key) for key in keys} for entry in entries]
 
 
-def _read_run(entry: object, hash_sum: int, payload: memoryview, taken: int) -> tuple[Run, int]:
+def _read_run(
+    entry: dict[str, Any], hash_sum: int, payload: memoryview, taken: int
+) -> tuple[Run, int]:
     """The run that `entry` of the table describes, and the payload bytes taken so far."""
-    _expect(isinstance(entry, dict), "a run of its table must be an object")
-    name, dtype, shape = entry.get("name"), entry.get("dtype"), entry.get("shape")
-    row_start, num_rows = entry.get("row_start"), entry.get("num_rows")
+    name, dtype, shape, row_start, num_rows = (entry[key] for key in RUN_KEYS)
+    columns = [entry[key] for key in BLOCK_KEYS]
     _expect(isinstance(name, str), "name of a run must be a string")
     _expect(
         isinstance(dtype, str) and dtype in DTYPE_BYTES, f"dtype {dtype!r} of {name} is unknown"
@@ -249,7 +256,6 @@ def _read_run(entry: object, hash_sum: int, payload: memoryview, taken: int) -> 
     run = Run(name, dtype, tuple(shape), row_start, num_rows, hash_sum, [])
     _expect(0 < num_rows <= _num_rows(run.shape) - row_start, f"rows of {name} leave its shape")
     _expect(0 < run.num_elements < 2**40, f"shape {shape} of {name} is out of bounds")
-    columns = [entry.get(key) for key in ("codecs", "indices", "counts", "nbytes")]
     _expect(
         all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns)
         and all(map(_are_naturals, columns[1:])),

@@ -135,7 +135,9 @@ class HFEngine:
         while len(running_B):
             step = len(versions)
             with self._turn():
-                versions.append(self._live.version)
+                version = self._live.version
+                assert version is not None  # _check saw one, and versions are never taken away
+                versions.append(version)
                 logits_BV = self._forward(ids_BP, mask_BP, cache)[row_B]
             token_B, token_logprob_B = sample_tokens(
                 logits_BV, temperature_B[running_B], uniform_BN[running_B, step]
