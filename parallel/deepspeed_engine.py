@@ -13,7 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import deepspeed
 import torch
@@ -29,6 +29,20 @@ from torch import Tensor, nn
 
 LogicalSegments = dict[str, list[tuple[str, tuple[int, ...]]]]
 """Parameter name -> the logical tensors (name, shape) it is made of, in memory order."""
+
+
+class ExpertBlock(Protocol):
+    """What is asked of an MoE block, which is a module."""
+
+    @property
+    def num_experts(self) -> int:
+        """Of all ranks together."""
+        ...
+
+    @property
+    def experts(self) -> nn.Module:
+        """Holds this rank's experts' parameters and no others."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +66,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         module: nn.Module,
-        expert_blocks: Iterable[nn.Module],
+        expert_blocks: Iterable[ExpertBlock],
         segments: LogicalSegments,
         dims: ParallelDims,
         config: ParallelConfig,
@@ -61,7 +75,7 @@ class DeepSpeedEngine:
     ) -> None:
         self.num_updates = 0
         self._dims, self._stage = dims, config.zero_stage
-        _mark_expert_parallel(list(expert_blocks), dims)
+        _mark_expert_parallel(expert_blocks, dims)
         optimizer = build_optimizer(_parameter_groups(module, decays))
         self._parameters = dict(module.named_parameters())
         self._engine = _initialize(module, optimizer, config)
@@ -234,10 +248,10 @@ class DeepSpeedEngine:
     def _replicated_states(self, segments: LogicalSegments) -> Iterator[_StateGroup]:
         """State groups without ZeRO: one per parameter, the same on every rank that holds it."""
         for name, parameter in self._parameters.items():
-            is_expert = getattr(parameter, "allreduce", True) is False
+            expert_group = getattr(parameter, "group_name", None)
             group = (
-                deepspeed_groups._get_expert_data_parallel_group(parameter.group_name)
-                if is_expert
+                deepspeed_groups._get_expert_data_parallel_group(expert_group)
+                if expert_group
                 else dist.group.WORLD
             )
             yield _StateGroup(
@@ -278,7 +292,7 @@ def _parameter_groups(
     return list(found.values())
 
 
-def _mark_expert_parallel(blocks: list[nn.Module], dims: ParallelDims) -> None:
+def _mark_expert_parallel(blocks: Iterable[ExpertBlock], dims: ParallelDims) -> None:
     """Makes DeepSpeed see expert-parallel blocks: it looks for its MoE class and parameter tags.
 
     With EP=1 experts are reduced over the whole world like any other parameter: no marks.
@@ -288,18 +302,15 @@ def _mark_expert_parallel(blocks: list[nn.Module], dims: ParallelDims) -> None:
     name = f"ep_size_{dims.expert}"
     for block in blocks:
         for parameter in block.experts.parameters():
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = name  # type: ignore[attr-defined]
-        block.__class__ = _marked_class(type(block))
-        block.ep_size, block.expert_group_name = dims.expert, name
-        block.num_local_experts = len(dims.local_experts(block.num_experts))
+            vars(parameter).update(allreduce=False, group_name=name)
+        block.__class__ = _marked_class(type(block), dims.expert, name)
 
 
-def _marked_class(block_class: type[nn.Module]) -> type[nn.Module]:
-    def set_deepspeed_parallelism(self: nn.Module, data_first: bool = False) -> None:
-        if self.expert_group_name not in deepspeed_groups._get_expert_parallel_group_dict():
+def _marked_class(block_class: type, ep_size: int, group_name: str) -> type:
+    def set_deepspeed_parallelism(self: MoE, data_first: bool = False) -> None:
+        if group_name not in deepspeed_groups._get_expert_parallel_group_dict():
             deepspeed_groups._create_expert_and_data_parallel(
-                self.ep_size, use_data_before_expert_parallel_=data_first
+                ep_size, use_data_before_expert_parallel_=data_first
             )
 
     members = {"set_deepspeed_parallelism": set_deepspeed_parallelism}
