@@ -366,5 +366,6 @@ class TrainConfig:
         experts = self.model.hf.get("num_experts")
         _require(
             not isinstance(experts, int) or experts % self.parallel.expert == 0,
-            f"parallel.expert={self.parallel.expert} does not divide num_experts={experts} of model.hf",
+            f"parallel.expert={self.parallel.expert} does not divide"
+            f" num_experts={experts} of model.hf",
         )

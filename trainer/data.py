@@ -87,7 +87,11 @@ class TokenStream(IterableDataset):
         self._num_rows, self._seq_len = config.num_rows, config.seq_len
         self._counters = [_Counters() for _ in self._sources]
         self._plans = [self._plan(number, epoch=0) for number in range(len(self._sources))]
-        self._identity = {"seed": seed, "num_rows": self._num_rows, "seq_len": self._seq_len}
+        self._identity: dict[str, int | float | str] = {
+            "seed": seed,
+            "num_rows": self._num_rows,
+            "seq_len": self._seq_len,
+        }
         for source in self._sources:
             self._identity[f"share of {source.name}"] = source.share
             self._identity[f"fingerprint of {source.name}"] = source.fingerprint()

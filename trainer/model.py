@@ -49,7 +49,7 @@ class MoEModel:
                 block = self.blocks[0]
                 whole = parameter.numel() // parameter.shape[0] * block.num_experts
                 total += whole
-                active += whole * block.gate.top_k // block.num_experts
+                active += whole * self.config.num_experts_per_tok // block.num_experts
             else:
                 total += parameter.numel()
                 active += parameter.numel()
@@ -75,7 +75,7 @@ def hf_config(config: ModelConfig, overrides: dict[str, int]) -> PretrainedConfi
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
     model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"{where} is {model_type!r}, which transformers does not know; expected qwen3_moe"
         )
@@ -118,7 +118,7 @@ def build_model(
 
 
 def _swap(
-    block: nn.Module, config: ModelConfig, dims: ParallelDims, context: StepContext
+    block: Qwen3MoeSparseMoeBlock, config: ModelConfig, dims: ParallelDims, context: StepContext
 ) -> MoEBlock:
     build_router = resolve(config.router, ROUTERS, "model.router")
     dispatcher = Dispatcher(dims, block.experts.num_experts)

@@ -87,8 +87,7 @@ def _forward(
         input_ids=part.token_ids_BS, position_ids=part.position_ids_BS, use_cache=False
     ).logits
     zero = logits_BSV.new_zeros(())
-    balances = [block.statistics.balance_loss for block in model.blocks]
-    balance = torch.stack(balances).sum() if balances[0] is not None else zero
+    balance = torch.stack([block.statistics.balance_loss for block in model.blocks]).sum()
     if isinstance(part, PolicyBatch):
         policy = policy_loss(logits_BSV, part, config.rl)
         return policy.loss_sum, balance, (policy.ratio_sum, policy.clipped_sum)

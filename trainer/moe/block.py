@@ -35,12 +35,16 @@ class BlockStatistics:
     """Left by one forward pass. Counts are over this rank's real tokens."""
 
     count_E: Tensor
-    balance_loss: Tensor | None
-    """This rank's share; the sum over ranks is E * sum_e f_e P_e of the whole micro-batch."""
+    balance_loss: Tensor
+    """This rank's share; the sum over ranks is E * sum_e f_e P_e of the whole micro-batch. 0 where
+    the block was built without."""
 
 
 class MoEBlock(nn.Module):
     """x_BSD -> x_BSD. Parameter names follow the checkpoint: gate.weight, experts.*."""
+
+    statistics: BlockStatistics
+    """Of the last forward pass; not there before the first."""
 
     def __init__(
         self,
@@ -53,7 +57,6 @@ class MoEBlock(nn.Module):
         super().__init__()
         self.gate, self.experts = gate, experts
         self.num_experts = dispatcher.num_experts
-        self.statistics: BlockStatistics | None = None
         self._dispatcher, self._context = dispatcher, context
         self._has_balance_loss = has_balance_loss
 
@@ -73,7 +76,7 @@ class MoEBlock(nn.Module):
             expert_TK, probability_TE = expert_TK[is_real_T], probability_TE[is_real_T]
         count_E = torch.bincount(expert_TK.flatten(), minlength=self.num_experts)
         if not self._has_balance_loss:
-            return BlockStatistics(count_E, None)
+            return BlockStatistics(count_E, probability_TE.new_zeros(()))
         total_E = count_E.clone()
         if dist.is_initialized():
             dist.all_reduce(total_E)
