@@ -19,6 +19,7 @@ from gossamer.trainer.rl.grpo import PolicyBatch
 from gossamer.trainer.rl.rollouts import RolloutBatches, RolloutSource, RolloutStatistics
 from gossamer.trainer.task import TaskProblems
 from gossamer.trainer.tokenizer import Tokenizer
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 DTYPES = (torch.int64, torch.int64, torch.float32, torch.float32, torch.float32)
 """Of the fields of TokenBatch and PolicyBatch, in order."""
@@ -35,32 +36,32 @@ class Feed:
         rollouts: RolloutSource | None,
         data_state: dict[str, Any] | None,
     ) -> None:
-        self._is_reader = dist.get_rank() == 0
-        self._loader, self._iterator = None, None
+        """Raises ValueError for a grpo phase on rank 0 without rollouts."""
+        self._loader: StatefulDataLoader | None = None
+        self._batches: Iterator[TokenBatch] = iter(())
         self.rollouts: RolloutBatches | None = None
-        if not self._is_reader:
+        if dist.get_rank() != 0:
             return
         if any(phase.kind == "next_token" for phase in config.phases):
             sources = _sources(config, tokenizer, problems)
             self._loader = build_loader(sources, config.data, config.seed)
             if data_state is not None:
                 self._loader.load_state_dict(data_state)
-            self._iterator: Iterator[TokenBatch] | None = iter(self._loader)
+            self._batches = iter(self._loader)
         if rollouts is not None and problems is not None:
             rows_multiple = config.parallel.world_size
             self.rollouts = RolloutBatches(rollouts, tokenizer, problems, config, rows_multiple)
+        elif any(phase.kind == "grpo" for phase in config.phases):
+            raise ValueError("a grpo phase needs rollout engines and a task; expected both")
 
     def draw(
-        self, phase: PhaseConfig, phase_step: int, version: int | None
+        self, phase: PhaseConfig, phase_step: int
     ) -> tuple[TokenBatch, RolloutStatistics | None]:
         """The batch of the phase's update `phase_step`; statistics of rollouts on rank 0."""
-        batch, statistics = None, None
-        if self._is_reader and phase.kind == "next_token":
-            batch = next(self._iterator)
-        elif self._is_reader:
-            batch, statistics = self.rollouts.collect(phase_step, version)
-        batch_class = PolicyBatch if phase.kind == "grpo" else TokenBatch
-        return _broadcast(batch, batch_class), statistics
+        if phase.kind == "next_token":
+            return _broadcast(next(self._batches, None), TokenBatch), None
+        batch, statistics = self.rollouts.collect(phase_step) if self.rollouts else (None, None)
+        return _broadcast(batch, PolicyBatch), statistics
 
     def state(self) -> dict[str, Any] | None:
         """Data position, JSON; None on ranks that do not read."""

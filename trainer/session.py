@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gossamer.comm.log import WeightLog
-from gossamer.comm.publisher import Publisher, Rows
+from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
@@ -68,7 +68,7 @@ class Session:
         on_checkpoint: Callable[[int], None],
     ) -> None:
         self.config, self.place, self.progress = config, place, Progress()
-        self.version: int | None = None
+        self._published: Published | None = None
         self._on_checkpoint = on_checkpoint
         self._is_first_rank = dist.get_rank() == 0
         checkpoint = Checkpoint(place.resume_from) if place.resume_from else None
@@ -94,7 +94,7 @@ class Session:
         )
         data_state = checkpoint.state["data"] if checkpoint else None
         self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
-        self._dev = task_source(tokenizer, problems.dev, 1.0, True) if problems else None
+        self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
         self._rollout_statistics: RolloutStatistics | None = None
         self._clock_s = self._wait_s = 0.0
         if self._is_first_rank:
@@ -104,6 +104,11 @@ class Session:
             self._restore(checkpoint)
 
     # --- the loop's steps -----------------------------------------------------------------------
+
+    @property
+    def version(self) -> int | None:
+        """The last version that this attempt published."""
+        return self._published.version if self._published else None
 
     def start(self) -> None:
         """Says who runs; a run that resumes inside a grpo phase publishes where it stands."""
@@ -143,9 +148,7 @@ class Session:
     def update(self, phase: PhaseConfig) -> UpdateResult:
         """Draws the next batch and learns from it."""
         start_s = time.perf_counter()
-        batch, self._rollout_statistics = self._feed.draw(
-            phase, self.progress.phase_step, self.version
-        )
+        batch, self._rollout_statistics = self._feed.draw(phase, self.progress.phase_step)
         self._wait_s = time.perf_counter() - start_s
         lr = lr_at(phase, self.progress.phase_step)
         result = update(self.model, self.engine, self.dims, batch, lr, self.config)
@@ -157,13 +160,18 @@ class Session:
         """Publishes the weights as the log's next version and asks for the batches it allows."""
         if phase.kind != "grpo":
             return
-        is_takeover = self.version is None and self._log.head() is not None
+        version = self._publish().version
+        if self._feed.rollouts:
+            steps = range(self.progress.phase_step, phase.max_steps)
+            self._feed.rollouts.ask_ahead(version, steps)
+
+    def _publish(self) -> Published:
+        is_takeover = self._published is None and self._log.head() is not None
         dist.barrier()  # every rank has looked at the head before part 0 may move it
         start_s = time.perf_counter()
-        published = self._publisher.publish(
+        published = self._published = self._publisher.publish(
             self._rows(), self.progress.step, self.progress.step if is_takeover else None
         )
-        self.version = published.version
         if self._is_first_rank:
             manifest = self._log.manifest(published.version)
             parts = manifest.delta or manifest.anchor
@@ -178,8 +186,7 @@ class Session:
                 encode_s=published.encode_s,
                 publish_s=time.perf_counter() - start_s,
             )
-            if self.progress.phase_step < phase.max_steps and self._feed.rollouts:
-                self._feed.rollouts.ask_ahead(self.progress.phase_step, published.version)
+        return published
 
     def record(self, phase: PhaseConfig, result: UpdateResult) -> None:
         """Writes the update's numbers."""
@@ -208,8 +215,7 @@ class Session:
         is_due = self.progress.phase_step % phase.eval_every_steps == 0 or done
         if phase.kind == "next_token" and phase.until_exact_match is not None and is_due:
             exact = greedy_exact_match(self.model, self.dims, self._dev, self.config.data.seq_len)
-            problems = len(self._dev.documents)
-            self._event_eval("dev", exact, problems)
+            self._event_eval("dev", exact, len(self._dev.documents))
             done = done or exact >= phase.until_exact_match
         return done
 
@@ -227,18 +233,16 @@ class Session:
     def checkpoint(self) -> None:
         """Writes the whole state. Refuses, as a stale writer, when a later attempt has begun."""
         start_s = time.perf_counter()
-        if self._log.current_epoch() != self._epoch:
+        if self._log.is_superseded(self._epoch):
             raise RuntimeError(
-                f"this is attempt {self._epoch} of the run, but attempt"
-                f" {self._log.current_epoch()} has begun; nothing was written"
+                f"this is writer epoch {self._epoch} of the run, but a later one has begun;"
+                " nothing was written"
             )
         state = {
             "progress": asdict(self.progress),
             "num_updates": self.engine.num_updates,
             "data": self._feed.state(),
             "log": {"version": self.version},
-            "world_size": self.dims.world_size,
-            "vocab_size": self.model.config.vocab_size,
         }
         root = self.place.run_dir / CHECKPOINTS
         owned = self.engine.owned(with_moments=True)
@@ -255,21 +259,31 @@ class Session:
         self._on_checkpoint(self.progress.step)
 
     def finish(self) -> None:
-        """Has every engine prove that it holds the trainer's own bits."""
-        expected = trainer_state_hash(self._rows()) if self.version is not None else None
-        if self._is_first_rank and self._feed.rollouts and expected is not None:
-            for engine, found in self._feed.rollouts.audit(self.version).items():
+        """Has every engine, if there are any, prove that it holds the trainer's own last bits."""
+        if any(phase.kind == "grpo" for phase in self.config.phases):
+            self._audit()
+        self._event("run_end", reason="finished", step=self.progress.step)
+        if self._is_first_rank:
+            self._wandb.close()
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _audit(self) -> None:
+        published = self._published
+        if published is None or published.step != self.progress.step:
+            # learned from text since, or resumed from the very last checkpoint
+            published = self._publish()
+        expected = trainer_state_hash(self._rows())
+        if self._feed.rollouts:
+            for engine, found in self._feed.rollouts.audit(published.version).items():
                 self._event(
                     "audit",
                     engine=engine,
-                    version=self.version,
+                    version=published.version,
                     state_hash=found,
                     trainer_state_hash=expected,
                     equal=found == expected,
                 )
-        self._event("run_end", reason="finished", step=self.progress.step)
-        if self._is_first_rank:
-            self._wandb.close()
 
     def _rows(self) -> Iterator[Rows]:
         """What this rank owns, rounded as it is published."""
@@ -277,8 +291,6 @@ class Session:
         for owned in self.engine.owned(with_moments=False):
             values = owned.master.to(dtype).contiguous()
             yield Rows(owned.name, owned.shape, owned.row_start, values)
-
-    # --- parts ----------------------------------------------------------------------------------
 
     def _claim_epoch(self) -> int:
         """One epoch for all ranks, claimed by the first."""
@@ -293,8 +305,8 @@ class Session:
             torch.set_rng_state(checkpoint.rng[self.dims.rank])
 
     def _measure_heldout(self) -> None:
-        if self._is_first_rank and self._feed.rollouts:
-            exact, problems = self._feed.rollouts.heldout_exact_match(self.version)
+        if self._feed.rollouts:
+            exact, problems = self._feed.rollouts.heldout_exact_match()
             self._event_eval("heldout", exact, problems)
 
     def _event_eval(self, name: str, exact_match: float, problems: int) -> None:

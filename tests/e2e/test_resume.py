@@ -1,4 +1,4 @@
-"""A run that is killed twice and resumed is the run that was never killed (DECISIONS 9)."""
+"""A run that is killed three times and resumed is the run that was never killed (DECISIONS 9)."""
 
 import os
 import signal
@@ -14,9 +14,14 @@ from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.prepare import prepare_run
 from tiny_run import SETTINGS, events
 
+LAST_STEP = 11
+
 
 def run_until(run_dir: str, kill_at_step: int | None) -> dict:
-    """One rank of one attempt; SIGKILLs itself after recording update `kill_at_step`."""
+    """One rank of one attempt; SIGKILLs itself after recording update `kill_at_step`.
+
+    At the last step: only once the last checkpoint is written, before the engines are audited.
+    """
     from gossamer.launch.controller import newest_checkpoint
     from gossamer.trainer.loop import train
     from gossamer.trainer.model import hf_config
@@ -32,14 +37,15 @@ def run_until(run_dir: str, kill_at_step: int | None) -> dict:
         rollouts = LocalRollouts(folder, hf_config(config.model, tokens).to_dict(), 2)
     place = RunPlace(run_dir=folder, name="test", resume_from=newest_checkpoint(folder))
     session = Session(config, place, rollouts, on_checkpoint=lambda step: None)
-    record = session.record
+    name = "end_phase" if kill_at_step == LAST_STEP else "record"
+    step = getattr(session, name)
 
-    def record_and_die(*arguments) -> None:
-        record(*arguments)
+    def step_and_die(*arguments) -> None:
+        step(*arguments)
         if session.progress.step == kill_at_step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    session.record = record_and_die
+    setattr(session, name, step_and_die)
     train(session)
     return {"step": session.progress.step}
 
@@ -51,7 +57,8 @@ def runs(tmp_path_factory) -> tuple[Path, Path]:
     for folder in (whole, killed):
         prepare_run(config, folder, "test")
     run_world(run_until, 2, str(whole), None)
-    for kill_at_step in (3, 9):  # in the middle of a checkpoint interval of each phase
+    # in the middle of a checkpoint interval of each phase, and when only the proof is missing
+    for kill_at_step in (3, 9, LAST_STEP):
         with pytest.raises(AssertionError, match="exit code -9"):
             run_world(run_until, 2, str(killed), kill_at_step)
     run_world(run_until, 2, str(killed), None)
@@ -90,10 +97,10 @@ def test_no_version_is_used_twice_and_engines_end_bit_exact(runs):
     whole, killed = runs
     log = WeightLog.open(killed / "log")
     manifests = [log.manifest(version) for version in range(log.head() + 1)]
-    # published at steps 6 to 9, killed, taken over at the checkpoint of step 8
-    assert [m.step for m in manifests] == [6, 7, 8, 9, 8, 9, 10, 11]
-    assert [m.rewind_to_step for m in manifests] == [None] * 4 + [8] + [None] * 3
-    assert [m.writer_epoch for m in manifests] == [2] * 4 + [3] * 4
+    # published at steps 6 to 9, killed, taken over at the checkpoint of step 8; again at the last
+    assert [m.step for m in manifests] == [6, 7, 8, 9, 8, 9, 10, 11, 11]
+    assert [m.rewind_to_step for m in manifests] == [None] * 4 + [8] + [None] * 3 + [11]
+    assert [m.writer_epoch for m in manifests] == [2] * 4 + [3] * 4 + [4]
     reference = WeightLog.open(whole / "log")
     assert manifests[-1].state_hash == reference.manifest(reference.head()).state_hash
     for folder in runs:

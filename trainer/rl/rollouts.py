@@ -66,11 +66,15 @@ class RolloutBatches:
         self._problems, self._rows_multiple = problems, rows_multiple
         self._reward = resolve(config.rl.reward, REWARDS, "rl.reward")
         self._asked: dict[int, list[Problem]] = {}
+        self._version = -1  # the newest that was published; nothing is asked before the first
 
-    def ask_ahead(self, phase_step: int, version: int) -> None:
-        """Asks for every batch that `version`, on which `phase_step` starts, entitles us to."""
-        rl = self._config.rl
-        for ahead in range(phase_step, phase_step + rl.max_staleness + 1):
+    def ask_ahead(self, version: int, steps: range) -> None:
+        """`version` was published: asks for every batch that it entitles us to.
+
+        steps: the updates that the phase has yet to make, from the one that starts on `version`.
+        """
+        rl, self._version = self._config.rl, version
+        for ahead in steps[: rl.max_staleness + 1]:
             if ahead in self._asked:
                 continue
             train, seed = self._problems.train, self._config.seed
@@ -80,8 +84,8 @@ class RolloutBatches:
             self._source.submit(str(ahead), requests_for(ahead, seed, prompts, rl), version)
             self._asked[ahead] = problems
 
-    def collect(self, phase_step: int, version: int) -> tuple[PolicyBatch, RolloutStatistics]:
-        """Waits for the batch of update `phase_step` of the phase, which starts from `version`."""
+    def collect(self, phase_step: int) -> tuple[PolicyBatch, RolloutStatistics]:
+        """Waits for the batch of update `phase_step`, which starts from the newest version."""
         rl, problems = self._config.rl, self._asked.pop(phase_step)
         samples = self._source.collect(str(phase_step))
         each = [problem for problem in problems for _ in range(rl.samples_per_prompt)]
@@ -97,7 +101,7 @@ class RolloutBatches:
         )
         tokens = sum(len(sample.token_ids) for sample in samples)
         behind = sum(
-            (version - span.version) * (span.stop - span.start)
+            (self._version - span.version) * (span.stop - span.start)
             for sample in samples
             for span in sample.spans
         )
@@ -108,8 +112,8 @@ class RolloutBatches:
             completion_tokens=tokens,
         )
 
-    def heldout_exact_match(self, version: int) -> tuple[float, int]:
-        """Greedy exact match of the engines at `version`, and how many held-out problems."""
+    def heldout_exact_match(self) -> tuple[float, int]:
+        """Greedy exact match of engines at the newest version, and how many held-out problems."""
         heldout, rl = self._problems.heldout, self._config.rl
         requests = [
             Request(
@@ -122,8 +126,8 @@ class RolloutBatches:
             for problem in heldout
         ]
         units = [requests[i : i + EVAL_UNIT] for i in range(0, len(requests), EVAL_UNIT)]
-        batch = f"heldout-{version}"
-        self._source.submit(batch, units, version)
+        batch = f"heldout-{self._version}"
+        self._source.submit(batch, units, self._version)
         answers = [problem.answer for problem in heldout]
         reward = resolve("exact_match", REWARDS, "rl.reward")
         samples = self._source.collect(batch)
