@@ -351,7 +351,7 @@ def test_gradients_are_those_of_a_plain_backward_pass(ranks, layout):
     assert_close({k: after[k] for k in expected}, expected, CLOSE[layout[3]])
     norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
     for rank in ranks:
-        assert rank["losses"][0] == pytest.approx(float(loss), rel=CLOSE[layout[3]])
+        assert rank["losses"][0] == pytest.approx(loss.item(), rel=CLOSE[layout[3]])
         assert rank["norm"] == pytest.approx(norm, rel=CLOSE[layout[3]])
 
 

@@ -22,8 +22,8 @@ from gossamer.trainer.checkpoint import (
 SHAPES = {"a.weight": (130, 3), "b": (7,)}
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 STATE = {"num_updates": 3, "progress": {"step": 40}, "data": None}
-TWO_RANKS = ([("a.weight", 0, 64), ("b", 0, 7)], [("a.weight", 64, 130)])
-"""Rows of each rank."""
+TWO_RANKS = ([("a.weight", 0, 64), ("a.weight", 128, 130), ("b", 0, 7)], [("a.weight", 64, 128)])
+"""Rows of each rank, so that neither file has them in order."""
 
 
 def whole(name: str, kind: str) -> torch.Tensor:
