@@ -57,7 +57,6 @@ def run_rank(settings: dict[str, Any]) -> None:
     train(session)
 
 
-@ray.remote(num_cpus=0)
 class Replica:
     """Runs one attempt."""
 

@@ -2,7 +2,8 @@
 
 The one idea: a unit (a fixed list of requests) is run whole by one engine, and running it again
 gives the same samples; so a dead engine costs nothing but time: its unit goes back to the front of
-the queue and a new engine catches up from the log before it is given anything.
+the queue and a new engine catches up from the log before it is given anything. What running again
+would not mend (an engine that cannot be built, or that refuses a unit) ends the run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ def write_pid(run_dir: Path, role: str) -> None:
     (folder / role).write_text(str(os.getpid()))
 
 
-@ray.remote
 class EngineActor:
     """One rollout engine; a thread follows the log while another samples."""
 
@@ -105,7 +105,7 @@ class EngineActor:
         self._events.write("engine", {**named, **fields})
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Unit:
     batch: str
     index: int
@@ -113,12 +113,10 @@ class _Unit:
     oldest_version: int
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Engine:
     name: str
     actor: Any
-    unit: _Unit | None = None
-    running: ray.ObjectRef | None = None
 
 
 @dataclass(slots=True)
@@ -127,9 +125,8 @@ class _Batch:
     done: dict[int, list[Sample]] = field(default_factory=dict)
 
 
-@ray.remote(max_concurrency=8)
 class RolloutPool:
-    """RolloutSource for the trainer; its own loop runs in a thread."""
+    """RolloutSource for the trainer: a thread an engine gives it units, and replaces it if dead."""
 
     def __init__(self, run_dir: str, rollout: RolloutConfig, model: dict) -> None:
         self._run_dir, self._rollout, self._model = run_dir, rollout, model
@@ -140,7 +137,8 @@ class RolloutPool:
         self._failure: str | None = None
         self._started = 0
         self._engines = [self._start("start") for _ in range(rollout.engines)]
-        threading.Thread(target=self._run_for_ever, daemon=True).start()
+        for place in range(rollout.engines):
+            threading.Thread(target=self._serve, args=(place,), daemon=True).start()
 
     def submit(self, batch: str, units: list[list[Request]], oldest_version: int) -> None:
         """See RolloutSource."""
@@ -153,85 +151,102 @@ class RolloutPool:
             self._changed.notify_all()
 
     def collect(self, batch: str) -> list[Sample]:
-        """See RolloutSource."""
+        """See RolloutSource. Raises RuntimeError once the pool has given up."""
         with self._changed:
             wanted = self._batches[batch]
             self._changed.wait_for(lambda: self._failure or len(wanted.done) == wanted.num_units)
-            if self._failure:
-                raise RuntimeError(self._failure)
+            self._raise_failure()
             del self._batches[batch]
         return [sample for index in sorted(wanted.done) for sample in wanted.done[index]]
 
     def audit(self, version: int) -> dict[str, str]:
         """See RolloutSource. An engine that dies meanwhile is replaced and asked again."""
         hashes: dict[str, str] = {}
-        for place, engine in enumerate(self._engines):
-            while engine.name not in hashes:
-                engine = self._engines[place]
+        for place in range(len(self._engines)):
+            while (engine := self._engines[place]).name not in hashes:
+                self._raise_failure()
                 try:
                     hashes[engine.name] = ray.get(engine.actor.audit.remote(version))
-                except ray.exceptions.RayActorError as error:
+                except ray.exceptions.RayTaskError:
+                    raise
+                except ray.exceptions.RayError as error:
                     self._replace(engine, error)
         return hashes
+
+    def watch(self) -> None:
+        """Waits until the pool has given up, and raises RuntimeError that says why."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure)
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
 
     def _start(self, what: str) -> _Engine:
         name = f"engine-{self._started}"
         self._started += 1
-        actor = EngineActor.options(num_cpus=self._rollout.num_cpus, max_concurrency=2).remote(
-            name, self._run_dir, self._rollout, self._model
+        options = {"num_cpus": self._rollout.num_cpus, "max_concurrency": 2}
+        actor = (
+            ray.remote(EngineActor)
+            .options(**options)
+            .remote(name, self._run_dir, self._rollout, self._model)
         )
         self._events.write("engine", {"engine": name, "what": what, "version": None})
         return _Engine(name, actor)
 
-    def _replace(self, engine: _Engine, error: ray.exceptions.RayActorError) -> None:
+    def _serve(self, place: int) -> None:
+        """What the thread of one place runs; whatever ends it reaches those who wait."""
+        try:
+            while self._failure is None:
+                self._run_units(self._engines[place])
+        except BaseException as error:
+            reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+            self._fail(f"{self._engines[place].name} failed: {reason}")
+
+    def _run_units(self, engine: _Engine) -> None:
+        """Gives units to an engine until it dies, then replaces it."""
+        unit: _Unit | None = None
+        try:
+            ray.get(engine.actor.__ray_ready__.remote())
+            while (unit := self._next_unit()) is not None:
+                samples = ray.get(engine.actor.run.remote(unit.requests, unit.oldest_version))
+                with self._changed:
+                    self._batches[unit.batch].done[unit.index] = samples
+                    self._changed.notify_all()
+        except ray.exceptions.RayTaskError:
+            raise
+        except ray.exceptions.RayError as error:
+            with self._changed:
+                if unit is not None:
+                    self._queue.appendleft(unit)
+                    self._changed.notify_all()
+            self._replace(engine, error)
+
+    def _next_unit(self) -> _Unit | None:
+        """Waits for a unit; None once the pool has given up."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._failure)
+            return None if self._failure else self._queue.popleft()
+
+    def _replace(self, engine: _Engine, error: ray.exceptions.RayError) -> None:
+        """Starts an engine in the place of a dead one, unless somebody did or there were enough."""
         with self._changed:
             if engine not in self._engines:
                 return
             reason = str(error).strip().splitlines()[-1]
             dead = {"engine": engine.name, "what": "dead", "version": None, "reason": reason}
             self._events.write("engine", dead)
-            if engine.unit is not None:
-                self._queue.appendleft(engine.unit)
-            if self._started - self._rollout.engines >= self._rollout.max_replacements:
-                self._failure = (
-                    f"{self._started} rollout engines were started and died; gave up after"
-                    f" rollout.max_replacements={self._rollout.max_replacements}: {reason}"
-                )
-                self._changed.notify_all()
-                return
-            self._engines[self._engines.index(engine)] = self._start("replaced")
+            if getattr(error, "actor_init_failed", False):
+                self._fail(f"{engine.name} could not be built: {reason}")
+            elif self._started - self._rollout.engines >= self._rollout.max_replacements:
+                limit = self._rollout.max_replacements
+                self._fail(f"{engine.name} died too, after rollout.max_replacements={limit} others")
+            else:
+                ray.kill(engine.actor)  # an actor out of reach would keep its CPUs
+                self._engines[self._engines.index(engine)] = self._start("replaced")
 
-    def _run_for_ever(self) -> None:
-        while self._failure is None:
-            self._hand_out()
-            running = {e.running: e for e in self._engines if e.running is not None}
-            if not running:
-                with self._changed:
-                    self._changed.wait(timeout=0.2)
-                continue
-            ready, _ = ray.wait(list(running), num_returns=1, timeout=0.2)
-            for reference in ready:
-                self._take(running[reference])
-
-    def _hand_out(self) -> None:
+    def _fail(self, reason: str) -> None:
         with self._changed:
-            for engine in self._engines:
-                if engine.running is None and self._queue:
-                    engine.unit = unit = self._queue.popleft()
-                    engine.running = engine.actor.run.remote(unit.requests, unit.oldest_version)
-
-    def _take(self, engine: _Engine) -> None:
-        try:
-            samples = ray.get(engine.running)
-        except ray.exceptions.RayActorError as error:
-            self._replace(engine, error)
-            return
-        except ray.exceptions.RayTaskError as error:
-            with self._changed:
-                self._failure = f"{engine.name} failed: {error.cause}"
-                self._changed.notify_all()
-            return
-        with self._changed:
-            unit, engine.unit, engine.running = engine.unit, None, None
-            self._batches[unit.batch].done[unit.index] = samples
+            self._failure = self._failure or reason
             self._changed.notify_all()

@@ -1,0 +1,128 @@
+"""The rollout pool on a real Ray cluster, with engines that fail in every way they can."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from gossamer.comm.codec.part import Rows
+from gossamer.comm.config import LogConfig
+from gossamer.comm.live import CommitStats
+from gossamer.comm.log import WeightLog
+from gossamer.comm.publisher import Publisher
+from gossamer.comm.rollout import Request, Sample
+from gossamer.launch.config import RolloutConfig
+from gossamer.launch.rollout_pool import RolloutPool
+from tiny_run import events
+
+TESTS = Path(__file__).parent
+MODEL = {"pad_token_id": 0, "eos_token_id": 1}
+
+
+class FailingEngine:
+    """A RolloutEngine that does what the first word of a prompt says; its weights are nothing."""
+
+    def __init__(self, model: dict, log: WeightLog, *, pad_id: int, eos_id: int) -> None:
+        if "broken" in model:
+            raise ValueError("model.broken is set; expected a sound model")
+        self._log, self._die_in_audit = log, "mortal" in model
+
+    def generate(self, requests: list[Request]) -> list[Sample]:
+        for number in (request.prompt_ids[0] for request in requests):
+            marker = Path(self._log.url, f"died-{number}")
+            if number == 1 or (number == 2 and not marker.exists()):
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if number == 3:
+                raise FloatingPointError("logits are not finite")
+        return [
+            Sample(
+                request_id=r.request_id, token_ids=(1,), logprobs=(0.0,), spans=(), finished=True
+            )
+            for r in requests
+        ]
+
+    def stage(self, version: int) -> None: ...
+
+    def commit(self) -> CommitStats:
+        return CommitStats(version=0, pause_s=0.0, num_changed=0)
+
+    def audit(self) -> str:
+        if self._die_in_audit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "hash"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    path = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def build_pool(cluster, tmp_path):
+    log = WeightLog.open(tmp_path / "log", create=True)
+    rows = [Rows("a", (4,), 0, torch.zeros(4, dtype=torch.bfloat16))]
+    Publisher(log, 0, 1, log.claim_epoch(), LogConfig()).publish(rows, 0)
+
+    def build(engines: int, max_replacements: int, **model) -> RolloutPool:
+        rollout = RolloutConfig(
+            engine="test_rollout_pool:FailingEngine",
+            engines=engines,
+            num_cpus=0,
+            max_replacements=max_replacements,
+        )
+        return RolloutPool(str(tmp_path), rollout, {**MODEL, **model})
+
+    return build
+
+
+def requests(*numbers: int) -> list[Request]:
+    return [
+        Request(request_id=f"r{n}", prompt_ids=(n,), max_new_tokens=1, temperature=1.0, key=(n,))
+        for n in numbers
+    ]
+
+
+def test_a_killed_engine_is_replaced_and_its_unit_run_again(build_pool, tmp_path):
+    pool = build_pool(2, 3)
+    pool.submit("batch", [requests(10, 2), requests(11), requests(12)], 0)
+    samples = pool.collect("batch")
+    assert [sample.request_id for sample in samples] == ["r10", "r2", "r11", "r12"]
+    names = sorted(pool.audit(0))
+    assert len(names) == 2 and "engine-2" in names
+    assert [e["what"] for e in events(tmp_path, "engine")].count("replaced") == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "model", "sentence"),
+    [
+        (1, {}, "died too, after rollout.max_replacements=1 others"),
+        (3, {}, "engine-0 failed: logits are not finite"),
+        (10, {"broken": True}, "could not be built: ValueError: model.broken is set"),
+    ],
+)
+def test_a_pool_that_cannot_go_on_says_why(build_pool, prompt, model, sentence):
+    pool = build_pool(1, 1, **model)
+    pool.submit("batch", [requests(prompt)], 0)
+    for wait in (pool.watch, lambda: pool.collect("batch"), lambda: pool.audit(0)):
+        with pytest.raises(RuntimeError, match=sentence):
+            wait()
+
+
+def test_an_audit_of_engines_that_always_die_ends(build_pool):
+    start_s = time.monotonic()
+    with pytest.raises(RuntimeError, match="died too"):
+        build_pool(1, 1, mortal=True).audit(0)
+    assert time.monotonic() - start_s < 120
