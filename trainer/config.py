@@ -135,6 +135,8 @@ class RLConfig:
     """A name in trainer/rl/reward.py, or an import path `package.module:name`."""
     normalise_by_std: bool = True
     """Divide advantages by the group's standard deviation; False is Dr. GRPO."""
+    drop_constant_groups: bool = True
+    """Leave out groups whose samples all earned the same: they teach nothing (DAPO's filter)."""
     clip_low: float = 0.2
     """The probability ratio is clipped below at 1 - clip_low."""
     clip_high: float = 0.28

@@ -92,10 +92,12 @@ class RolloutBatches:
         answers = [problem.answer for problem in each]
         scores = score_samples(self._reward, self._tokenizer, samples, answers)
         rewards_PG = torch.tensor(scores).view(len(problems), rl.samples_per_prompt)
+        advantages = group_advantages(rewards_PG, rl.normalise_by_std).flatten().tolist()
+        kept = informative_samples(rewards_PG) if rl.drop_constant_groups else range(len(samples))
         batch = pack_samples(
-            samples,
-            [prompt_ids(self._tokenizer, problem) for problem in each],
-            group_advantages(rewards_PG, rl.normalise_by_std).flatten().tolist(),
+            [samples[i] for i in kept],
+            [prompt_ids(self._tokenizer, each[i]) for i in kept],
+            [advantages[i] for i in kept],
             rl.seq_len,
             self._rows_multiple,
         )
@@ -137,3 +139,14 @@ class RolloutBatches:
     def audit(self, version: int) -> dict[str, str]:
         """State hash of every engine's live weights at `version`."""
         return self._source.audit(version)
+
+
+def informative_samples(rewards_PG: torch.Tensor) -> list[int]:
+    """Numbers of the samples (p * G + g) whose group did not all earn the same.
+
+    The first group's when there are none: an update needs a batch.
+    """
+    is_informative_P = rewards_PG.amax(dim=1) != rewards_PG.amin(dim=1)
+    if not is_informative_P.any():
+        is_informative_P[0] = True
+    return is_informative_P.repeat_interleave(rewards_PG.shape[1]).nonzero().flatten().tolist()
