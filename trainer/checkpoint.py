@@ -88,8 +88,8 @@ def list_checkpoints(root: Path) -> list[Path]:
 
 
 def prune_checkpoints(root: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints."""
-    for path in list_checkpoints(root)[:-keep_last]:
+    """Removes all but the newest `keep_last` checkpoints, and what was left half written."""
+    for path in [*root.glob(".step-*"), *list_checkpoints(root)[:-keep_last]]:
         shutil.rmtree(path, ignore_errors=True)
 
 

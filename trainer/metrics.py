@@ -6,6 +6,7 @@ share it; displays, reports and summaries read nothing else.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -23,12 +24,40 @@ class EventLog:
     def __init__(self, run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        self._descriptor = os.open(run_dir / METRICS_FILE, flags, 0o644)
+        self._path = run_dir / METRICS_FILE
+        self._descriptor = os.open(self._path, flags, 0o644)
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
-        """One line: event, time_s (unix) and the fields, which must be JSON."""
+        """One line: event, time_s (unix) and the fields, which must be JSON.
+
+        Raises OSError that names the file when the line does not fit on the disk whole.
+        """
         record = {"event": event, "time_s": round(time.time(), 4), **fields}
-        os.write(self._descriptor, (json.dumps(record) + "\n").encode())
+        line = (json.dumps(record) + "\n").encode()
+        try:
+            written = os.write(self._descriptor, line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        if written < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+
+def drop_torn_lines(run_dir: Path) -> None:
+    """Takes out lines that a full disk or a power cut tore. Call before anything appends."""
+    path = run_dir / METRICS_FILE
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if _is_whole(line)]
+    if len(whole) < len(lines):
+        temporary = path.with_name(f".{path.name}")
+        temporary.write_bytes(b"".join(whole))
+        temporary.replace(path)
+
+
+def _is_whole(line: bytes) -> bool:
+    try:
+        return line.endswith(b"\n") and isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 class WandbMirror:

@@ -1,0 +1,38 @@
+import json
+
+import pytest
+from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
+
+WHOLE = [b'{"event": "a", "time_s": 1.0}\n', b'{"event": "b", "time_s": 2.0}\n']
+
+
+@pytest.mark.parametrize(
+    ("held", "kept"),
+    [
+        (b"", b""),
+        (b"".join(WHOLE), b"".join(WHOLE)),
+        (WHOLE[0] + WHOLE[1][:9], WHOLE[0]),
+        (WHOLE[0] + WHOLE[1][:-1], WHOLE[0]),
+        (WHOLE[0][:9] + WHOLE[0] + WHOLE[1], WHOLE[1]),  # another process wrote on
+        (WHOLE[0] + b"\xff\0\n7\n" + WHOLE[1], b"".join(WHOLE)),
+    ],
+)
+def test_after_torn_lines_go_an_event_begins_on_a_line_of_its_own(tmp_path, held, kept):
+    path = tmp_path / METRICS_FILE
+    path.write_bytes(held)
+    drop_torn_lines(tmp_path)
+    assert path.read_bytes() == kept
+    EventLog(tmp_path).write("c", {"x": 1})
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert b"".join(lines[:-1]) == kept and json.loads(lines[-1])["x"] == 1
+
+
+def test_a_run_without_metrics_has_no_torn_lines(tmp_path):
+    drop_torn_lines(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    (tmp_path / METRICS_FILE).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=f"No space left.*{METRICS_FILE}"):
+        EventLog(tmp_path).write("a", {})
