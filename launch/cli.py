@@ -20,11 +20,14 @@ def main(argv: list[str] | None = None) -> int:
         arguments.overrides += rest
     try:
         return arguments.run(arguments) or 0
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"gossamer: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("gossamer: stopped; `gossamer resume RUN_DIR` goes on", file=sys.stderr)
+    except ImportError as error:
+        print(f"gossamer: {error}; expected `pip install gossamer[all]`", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print("gossamer: " + "; ".join(filter(None, ["stopped", str(error)])), file=sys.stderr)
         return 130
 
 

@@ -30,15 +30,19 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import ray
 
-    quiet = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if config.cluster.address is not None:
-        ray.init(address=config.cluster.address, **quiet)
-    else:
-        ray.init(num_cpus=_cpus_wanted(config), include_dashboard=False, **quiet)
-    link = run_dir / "logs" / "ray"
-    link.unlink(missing_ok=True)
-    link.symlink_to(ray._private.worker._global_node.get_logs_dir_path())
+    address = config.cluster.address
     try:
+        ray.init(
+            address=address or "local",  # else one that happens to run on this machine is joined
+            num_cpus=None if address else _cpus_wanted(config),
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+        if (node := ray._private.worker._global_node) is not None:  # None for a ray:// address
+            link = run_dir / "logs" / "ray"
+            link.unlink(missing_ok=True)
+            link.symlink_to(node.get_logs_dir_path())
         yield
     finally:
         ray.shutdown()

@@ -7,6 +7,7 @@ going on after a failure is a new attempt from the newest whole checkpoint.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,10 +19,10 @@ from typing import IO, Any
 
 from gossamer.launch.config import RunConfig
 from gossamer.launch.display import LiveDisplay
-from gossamer.launch.recipe import dump_config
+from gossamer.launch.recipe import dump_config, with_absolute_paths
 from gossamer.launch.report import write_report
-from gossamer.launch.summary import write_summary
-from gossamer.trainer.metrics import METRICS_FILE, EventLog
+from gossamer.launch.summary import of_kind, read_events, write_summary
+from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
 from gossamer.trainer.prepare import load_run_tokenizer, prepare_run
 from gossamer.trainer.tokenizer import token_fields
 
@@ -35,28 +36,29 @@ class RunError(RuntimeError):
 
 def start_run(config: RunConfig, run_dir: Path, overwrite: bool) -> None:
     """Runs a recipe in a new folder. Raises RunError when the folder holds a run already."""
-    if (run_dir / CONFIG_FILE).exists():
-        if not overwrite:
-            raise RunError(
-                f"{run_dir} already holds a run: continue it with `gossamer resume {run_dir}`,"
-                " or start anew with --overwrite"
-            )
-        shutil.rmtree(run_dir)
+    config = with_absolute_paths(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    dump_config(config, run_dir / CONFIG_FILE)
-    _attempt(config, run_dir, number=1, resume_from=None)
+    with _sole_driver(run_dir):
+        if (run_dir / CONFIG_FILE).exists():
+            if not overwrite:
+                raise RunError(
+                    f"{run_dir} already holds a run: continue it with `gossamer resume {run_dir}`,"
+                    " or start anew with --overwrite"
+                )
+            _empty(run_dir)
+        dump_config(config, run_dir / CONFIG_FILE)
+        _attempt(config, run_dir, number=1, resume_from=None)
 
 
 def resume_run(config: RunConfig, run_dir: Path) -> None:
     """Goes on from the newest whole checkpoint, or from the start when there is none."""
-    from gossamer.launch.summary import read_events
-
-    events = read_events(run_dir) if (run_dir / METRICS_FILE).exists() else []
-    if any(event["event"] == "run_end" and event["reason"] == "finished" for event in events):
-        raise RunError(f"{run_dir} has finished; see `gossamer report {run_dir}`")
-    newest = newest_checkpoint(run_dir)
-    last = max((e["attempt"] for e in events if e["event"] == "run_start"), default=0)
-    _attempt(config, run_dir, number=last + 1, resume_from=newest)
+    with _sole_driver(run_dir):
+        drop_torn_lines(run_dir)
+        events = read_events(run_dir) if (run_dir / METRICS_FILE).exists() else []
+        if of_kind(events, "run_end", reason="finished"):
+            raise RunError(f"{run_dir} has finished; see `gossamer report {run_dir}`")
+        last = max((e["attempt"] for e in of_kind(events, "run_start")), default=0)
+        _attempt(config, run_dir, number=last + 1, resume_from=newest_checkpoint(run_dir))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -67,6 +69,39 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
+@contextmanager
+def _sole_driver(run_dir: Path) -> Iterator[None]:
+    """Holds the run's folder against other drivers on this machine, until this process ends.
+
+    Writer epochs fence writers wherever they are, but only when they come to write.
+    """
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run_dir} is being run by another gossamer process") from None
+        except OSError:
+            pass  # some network file systems lock no folders; epochs fence there too
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _empty(run_dir: Path) -> None:
+    """Deletes a run, and nothing that is none."""
+    if not (run_dir / METRICS_FILE).exists():
+        raise RunError(
+            f"{run_dir} holds a {CONFIG_FILE} but no {METRICS_FILE}, so it is no run of gossamer's"
+            " to overwrite; give another --run-dir"
+        )
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: Path | None) -> None:
     with _quiet_console(run_dir) as console:
         events = EventLog(run_dir)
@@ -75,6 +110,9 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: Path | 
         try:
             prepare_run(config.train, run_dir, config.name)
             _run_on_ray(config, run_dir, number, resume_from, display)
+        except KeyboardInterrupt:
+            events.write("run_end", {"reason": "stopped by its user"})
+            raise KeyboardInterrupt(f"`gossamer resume {run_dir}` goes on") from None
         except BaseException as error:
             events.write("run_end", {"reason": _sentence(error)})
             raise
@@ -97,16 +135,23 @@ def _run_on_ray(
     write_pid(run_dir, "driver")
     place = RunPlace(run_dir=run_dir, name=config.name, attempt=number, resume_from=resume_from)
     with connect(config, run_dir):
-        pool = None
+        pool: Any = None
         if config.has_rollouts:
             model = _engine_model(config, run_dir)
-            pool = RolloutPool.options(num_cpus=0).remote(str(run_dir), config.rollout, model)
-        replica = Replica.remote()
-        attempt = replica.fit.remote(config.train, config.cluster, place, pool)
-        while not ray.wait([attempt], timeout=REFRESH_S)[0]:
+            options = {"num_cpus": 0, "max_concurrency": 8}
+            pool = (
+                ray.remote(RolloutPool)
+                .options(**options)
+                .remote(str(run_dir), config.rollout, model)
+            )
+        replica: Any = ray.remote(Replica).options(num_cpus=0).remote()
+        watched = [replica.fit.remote(config.train, config.cluster, place, pool)]
+        if pool is not None:
+            watched.append(pool.watch.remote())  # ends only when the engines cannot go on
+        while not (ended := ray.wait(watched, timeout=REFRESH_S)[0]):
             display.refresh()
         try:
-            ray.get(attempt)
+            ray.get(ended[0])
         except ray.exceptions.RayError as error:
             raise RunError(
                 f"attempt {number} failed ({_sentence(error)}); see {run_dir / 'logs'} and go on"

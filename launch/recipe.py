@@ -11,7 +11,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,23 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
         raise RecipeError(f"{path}: {error}") from error
 
 
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Paths that mean the same to every process: trainer ranks run in a folder of Ray's."""
+    train = config.train
+    if train.data.corpus_path is not None:
+        corpus = str(Path(train.data.corpus_path).absolute())
+        train = replace(train, data=replace(train.data, corpus_path=corpus))
+    if train.model.path is not None:
+        folder = str(Path(train.model.path).absolute())
+        train = replace(train, model=replace(train.model, path=folder))
+    return replace(config, train=train)
+
+
 def dump_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved config, JSON (which is YAML too), where load_recipe can read it."""
-    path.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(asdict(config), indent=1) + "\n")
+    temporary.replace(path)
 
 
 def build_config(cls: type, values: object, where: str) -> Any:  # noqa: ANN401
