@@ -1,7 +1,6 @@
 """Which samples of a rollout batch are trained on."""
 
 import torch
-
 from gossamer.trainer.rl.grpo import group_advantages
 from gossamer.trainer.rl.rollouts import informative_samples
 
