@@ -190,7 +190,8 @@ class ModelConfig:
     """A Hugging Face MoE model: its folder, or its config to build it at random from."""
 
     path: str | None = None
-    """HF folder with config.json and safetensors; None builds `hf` with random weights."""
+    """HF folder that `gossamer export` wrote, or any with config.json, safetensors and a
+    tokenizer.json of gossamer's; None builds `hf` with random weights."""
     hf: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
     """HF config fields, `model_type` among them; vocabulary and token ids come from the run's
     tokenizer."""

@@ -80,7 +80,13 @@ def hf_config(config: ModelConfig, overrides: dict[str, int]) -> PretrainedConfi
             f"{where} is {model_type!r}, which transformers does not know; expected qwen3_moe"
         )
     if config.path is not None:
-        return AutoConfig.from_pretrained(config.path)
+        loaded = AutoConfig.from_pretrained(config.path)
+        if loaded.vocab_size < overrides.get("vocab_size", 0):
+            raise ValueError(
+                f"model.path={config.path} has {loaded.vocab_size} tokens; expected at least the"
+                f" {overrides['vocab_size']} of its tokenizer"
+            )
+        return loaded
     return AutoConfig.for_model(model_type, **{**fields, **overrides})
 
 
@@ -159,12 +165,14 @@ def export_hf(
     """
     folder.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-    dtype = next(iter(weights.values())).dtype
-    described = config.to_dict() | {
-        "architectures": [type(AutoModelForCausalLM.from_config(config)).__name__],
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True))
     if write_tokenizer is not None:
         write_tokenizer(folder)
+    save_file(contiguous, folder / ".model.safetensors", metadata={"format": "pt"})
+    (folder / ".model.safetensors").replace(folder / "model.safetensors")
+    with torch.device("meta"):
+        architecture = type(AutoModelForCausalLM.from_config(config)).__name__
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    described = config.to_dict() | {"architectures": [architecture], "dtype": dtype}
+    # last: a folder without it is no model
+    (folder / ".config.json").write_text(json.dumps(described, indent=2, sort_keys=True))
+    (folder / ".config.json").replace(folder / "config.json")

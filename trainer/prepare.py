@@ -34,7 +34,10 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
             temporary.write_text(json.dumps(splits))
             temporary.replace(run_dir / PROBLEMS_FILE)
         texts = [problem.text for problem in load_problems(run_dir).train[:2000]]
-    if not (run_dir / TOKENIZER_FILE).is_file():
+    if config.model.path is not None:
+        # a model is nothing without the tokenizer it learned with
+        load_tokenizer(Path(config.model.path) / TOKENIZER_FILE).save(run_dir / TOKENIZER_FILE)
+    elif not (run_dir / TOKENIZER_FILE).is_file():
         texts += read_documents(config.data.corpus_path, config.data.corpus_chars)
         train_tokenizer(texts, config.tokenizer).save(run_dir / TOKENIZER_FILE)
 

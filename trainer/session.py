@@ -6,6 +6,7 @@ rebuilt from the config. What crosses to rollout engines goes through the log al
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -299,6 +300,12 @@ class Session:
         return int(epoch)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        held = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+        if held != self.model.num_parameters()[0]:
+            raise ValueError(
+                f"{checkpoint.folder} holds {held} parameters; expected"
+                f" {self.model.num_parameters()[0]} as in the model"
+            )
         self.progress = Progress(**checkpoint.state["progress"])
         self.engine.write(checkpoint.read, checkpoint.state["num_updates"])
         if self.dims.rank in checkpoint.rng:

@@ -68,7 +68,6 @@ def test_overrides(recipe, override, read):
     assert not read(load_recipe(recipe, []))
 
 
-@pytest.mark.xfail(strict=True, reason="overrides are read by YAML 1.1, which has no 3e-4")
 def test_an_override_reads_numbers_as_a_file_does(recipe):
     assert math.isclose(load_recipe(recipe, ["train.phases.0.lr=3e-4"]).train.phases[0].lr, 3e-4)
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from gloo_world import run_world
-
 from gossamer.parallel.config import ParallelConfig
 from gossamer.parallel.dims import build_dims
 from gossamer.parallel.engine import Owned
