@@ -135,6 +135,9 @@ class RLConfig:
     """A name in trainer/rl/reward.py, or an import path `package.module:name`."""
     normalise_by_std: bool = True
     """Divide advantages by the group's standard deviation; False is Dr. GRPO."""
+    train_samples_per_prompt: int | None = None
+    """Train on this many samples of each group, those whose rewards differ most (PODS): cheaper
+    updates for the same sampling. None = all."""
     drop_constant_groups: bool = True
     """Leave out groups whose samples all earned the same: they teach nothing (DAPO's filter)."""
     clip_low: float = 0.2
@@ -159,6 +162,11 @@ class RLConfig:
         _require(
             self.samples_per_prompt >= 2,
             f"rl.samples_per_prompt is {self.samples_per_prompt}; expected at least 2 for a group",
+        )
+        trained = self.train_samples_per_prompt
+        _require(
+            trained is None or 2 <= trained <= self.samples_per_prompt,
+            f"rl.train_samples_per_prompt is {trained}; expected 2 to rl.samples_per_prompt",
         )
         _require(
             self.prompts_per_step % self.prompts_per_unit == 0,

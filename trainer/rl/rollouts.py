@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from gossamer.comm.rollout import Request, Sample
-from gossamer.trainer.config import TrainConfig
+from gossamer.trainer.config import RLConfig, TrainConfig
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.rl.grpo import PolicyBatch, group_advantages, pack_samples
 from gossamer.trainer.rl.prompts import prompt_batch, requests_for
@@ -92,12 +92,11 @@ class RolloutBatches:
         answers = [problem.answer for problem in each]
         scores = score_samples(self._reward, self._tokenizer, samples, answers)
         rewards_PG = torch.tensor(scores).view(len(problems), rl.samples_per_prompt)
-        advantages = group_advantages(rewards_PG, rl.normalise_by_std).flatten().tolist()
-        kept = informative_samples(rewards_PG) if rl.drop_constant_groups else range(len(samples))
+        kept, advantages = choose_samples(rewards_PG, rl)
         batch = pack_samples(
             [samples[i] for i in kept],
             [prompt_ids(self._tokenizer, each[i]) for i in kept],
-            [advantages[i] for i in kept],
+            advantages,
             rl.seq_len,
             self._rows_multiple,
         )
@@ -141,12 +140,39 @@ class RolloutBatches:
         return self._source.audit(version)
 
 
-def informative_samples(rewards_PG: torch.Tensor) -> list[int]:
-    """Numbers of the samples (p * G + g) whose group did not all earn the same.
+def choose_samples(rewards_PG: torch.Tensor, rl: RLConfig) -> tuple[list[int], list[float]]:
+    """Numbers (p * G + g) and advantages of the samples to train on.
 
-    The first group's when there are none: an update needs a batch.
+    Of each group those whose rewards differ most; of the groups, those whose rewards differ at all
+    (the first group where none does: an update needs a batch).
     """
-    is_informative_P = rewards_PG.amax(dim=1) != rewards_PG.amin(dim=1)
-    if not is_informative_P.any():
-        is_informative_P[0] = True
-    return is_informative_P.repeat_interleave(rewards_PG.shape[1]).nonzero().flatten().tolist()
+    num_prompts, group_size = rewards_PG.shape
+    number_PK = most_different(rewards_PG, rl.train_samples_per_prompt or group_size)
+    trained_PK = rewards_PG.gather(1, number_PK)
+    is_kept_P = trained_PK.amax(dim=1) != trained_PK.amin(dim=1)
+    if not rl.drop_constant_groups:
+        is_kept_P[:] = True
+    elif not is_kept_P.any():
+        is_kept_P[0] = True
+    number_PK = number_PK + group_size * torch.arange(num_prompts).unsqueeze(1)
+    advantage_PK = group_advantages(trained_PK[is_kept_P], rl.normalise_by_std)
+    return number_PK[is_kept_P].flatten().tolist(), advantage_PK.flatten().tolist()
+
+
+def most_different(rewards_PG: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """Per group the num_kept samples whose rewards vary most, in the order of their numbers.
+
+    They are always some of the lowest and some of the highest (PODS: Xu et al. 2025,
+    arXiv:2504.13818); among equals the earlier sample is taken for low and the later for high.
+    """
+    order_PG = rewards_PG.argsort(dim=1, stable=True)
+    group_size = rewards_PG.shape[1]
+    places_CK = torch.tensor(
+        [
+            [*range(low), *range(group_size - num_kept + low, group_size)]
+            for low in range(num_kept + 1)
+        ]
+    )
+    candidates_PCK = rewards_PG.gather(1, order_PG)[:, places_CK]
+    best_P = candidates_PCK.var(dim=-1, correction=0).argmax(dim=1)
+    return order_PG.gather(1, places_CK[best_P]).sort(dim=1).values
