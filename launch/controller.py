@@ -203,7 +203,7 @@ def _rich_console(file: IO[str]) -> Any:  # noqa: ANN401
 
 
 def _print_outcome(console: IO[str], summary: dict[str, Any], report: Path) -> None:
-    lines = [f"{key:>20}  {value}" for key, value in summary.items()]
+    lines = [f"{key:>20}  {_short(value)}" for key, value in summary.items()]
     proof = summary.get("engines_bit_exact")
     if proof is not None:
         verdict = "equal the trainer's bit for bit" if proof else "DIFFER from the trainer's"
@@ -212,3 +212,7 @@ def _print_outcome(console: IO[str], summary: dict[str, Any], report: Path) -> N
     print("\n".join(lines), file=console, flush=True)
     if proof is False:
         raise RunError("an engine's weights differ from the trainer's; see the audit events")
+
+
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
