@@ -203,7 +203,8 @@ def _rich_console(file: IO[str]) -> Any:  # noqa: ANN401
 
 
 def _print_outcome(console: IO[str], summary: dict[str, Any], report: Path) -> None:
-    lines = [f"{key:>20}  {_short(value)}" for key, value in summary.items()]
+    known = {key: value for key, value in summary.items() if value is not None}
+    lines = [f"{key:>20}  {_short(value)}" for key, value in known.items()]
     proof = summary.get("engines_bit_exact")
     if proof is not None:
         verdict = "equal the trainer's bit for bit" if proof else "DIFFER from the trainer's"

@@ -139,7 +139,9 @@ def living_engines(events: list[Event]) -> set[str]:
     return {engine for engine, what in said.items() if what != "dead"}
 
 
-def _is_bit_exact(events: list[Event], last_version: int | None) -> bool:
+def _is_bit_exact(events: list[Event], last_version: int | None) -> bool | None:
+    if last_version is None:
+        return None
     audits = {e["engine"]: e for e in of_kind(events, "audit")}
     last = [audits.get(engine) for engine in living_engines(events)]
     return bool(last) and all(a and a["equal"] and a["version"] == last_version for a in last)
@@ -167,7 +169,7 @@ def summarise(run_dir: Path) -> Event:
         the publish dtype. A version whose line a kill swallowed is in neither.
     change_density_mean: mean over delta versions of changed elements / elements.
     engines_bit_exact: every such engine's last audit was equal and at the newest version, and
-        there is at least one.
+        there is at least one; None when nothing was published.
     engines_dead: how often an engine was found dead.
     wall_s: from the first run_start to the last event, pauses between attempts included.
     """

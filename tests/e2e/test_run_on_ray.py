@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TESTS = Path(__file__).parent.parent
 
 
-def write_recipe(folder: Path) -> Path:
-    path = folder / "tiny.yaml"
-    path.write_text(json.dumps({"name": "tiny", "train": SETTINGS, "rollout": {"engines": 2}}))
+def write_recipe(folder: Path, **changes: object) -> Path:
+    path, train = folder / "tiny.yaml", {**SETTINGS, **changes}
+    path.write_text(json.dumps({"name": "tiny", "train": train, "rollout": {"engines": 2}}))
     return path
 
 
@@ -84,6 +84,17 @@ def test_a_whole_run_from_the_command_line(tmp_path):
         assert torch.equal(loaded[name].view(torch.int16), tensor.view(torch.int16)), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer.decode(tokenizer("42 - 25 =").input_ids) == "42 - 25 ="
+
+
+def test_a_run_on_text_alone_needs_no_engines(tmp_path):
+    recipe = write_recipe(tmp_path, phases=SETTINGS["phases"][:1])
+    printed = finish(gossamer("train", recipe, "--run-dir", tmp_path / "run"), 0)
+    assert "bit for bit" not in printed and "DIFFER" not in printed
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["versions"]) == (6, 0)
+    assert summary["engines_bit_exact"] is None
+    losses = [event["loss"] for event in events(tmp_path / "run", "train_step")]
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.slow

@@ -195,3 +195,8 @@ def test_written_whole_and_strict_json_even_when_a_loss_is_nan(tmp_path):
     path = write_summary(tmp_path)
     assert json.loads(path.read_text(), parse_constant=pytest.fail) == summarise(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "summary.json"]
+
+
+def test_a_run_that_published_nothing_owes_no_proof(tmp_path):
+    SyntheticRun(tmp_path).start(1)
+    assert summarise(tmp_path)["engines_bit_exact"] is None
