@@ -41,8 +41,8 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
             if not equals:
                 raise RecipeError(f"override {override!r}: expected KEY=VALUE (train.seed=2)")
             # read as OmegaConf reads files: plain YAML 1.1 takes 3e-4 for text
-            read = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))["value"]
-            OmegaConf.update(recipe_config, key, read, merge=False, force_add=True)
+            read: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]))
+            OmegaConf.update(recipe_config, key, read["value"], merge=False, force_add=True)
         plain = OmegaConf.to_container(recipe_config, resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, YAMLError, OSError, IndexError, TypeError) as error:
         raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
