@@ -16,7 +16,7 @@ from gossamer.trainer.config import RLConfig, TrainConfig
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.rl.grpo import PolicyBatch, group_advantages, pack_samples
 from gossamer.trainer.rl.prompts import prompt_batch, requests_for
-from gossamer.trainer.rl.reward import REWARDS, score_samples
+from gossamer.trainer.rl.reward import REWARDS, exact_match, score_samples
 from gossamer.trainer.task import Problem, TaskProblems, prompt_ids
 from gossamer.trainer.tokenizer import Tokenizer
 
@@ -88,14 +88,14 @@ class RolloutBatches:
         """Waits for the batch of update `phase_step`, which starts from the newest version."""
         rl, problems = self._config.rl, self._asked.pop(phase_step)
         samples = self._source.collect(str(phase_step))
-        each = [problem for problem in problems for _ in range(rl.samples_per_prompt)]
-        answers = [problem.answer for problem in each]
+        answers = [problem.answer for problem in problems for _ in range(rl.samples_per_prompt)]
         scores = score_samples(self._reward, self._tokenizer, samples, answers)
         rewards_PG = torch.tensor(scores).view(len(problems), rl.samples_per_prompt)
         kept, advantages = choose_samples(rewards_PG, rl)
+        prompts = [prompt_ids(self._tokenizer, problem) for problem in problems]
         batch = pack_samples(
             [samples[i] for i in kept],
-            [prompt_ids(self._tokenizer, each[i]) for i in kept],
+            [prompts[i // rl.samples_per_prompt] for i in kept],
             advantages,
             rl.seq_len,
             self._rows_multiple,
@@ -130,9 +130,8 @@ class RolloutBatches:
         batch = f"heldout-{self._version}"
         self._source.submit(batch, units, self._version)
         answers = [problem.answer for problem in heldout]
-        reward = resolve("exact_match", REWARDS, "rl.reward")
         samples = self._source.collect(batch)
-        scores = score_samples(reward, self._tokenizer, samples, answers)
+        scores = score_samples(exact_match, self._tokenizer, samples, answers)
         return sum(scores) / len(heldout), len(heldout)
 
     def audit(self, version: int) -> dict[str, str]:
