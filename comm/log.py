@@ -96,7 +96,7 @@ class WeightLog:
             store = open_store(url, create)
             if create:
                 fresh = {"run_id": run_id or uuid.uuid4().hex, "wire_version": WIRE_VERSION}
-                store.create("log.json", json.dumps(fresh).encode())
+                store.put("log.json", json.dumps(fresh).encode())
             found = json.loads(store.get("log.json"))
             run_of_log, wire_version = found["run_id"], found["wire_version"]
         except FileNotFoundError as error:
@@ -118,7 +118,7 @@ class WeightLog:
 
     def is_committed(self, version: int) -> bool:
         """True once the version's manifest exists."""
-        return version in self._manifests or self.store.exists(manifest_name(version))
+        return version in self._manifests or self.store.size(manifest_name(version)) is not None
 
     def manifest(self, version: int) -> Manifest:
         """Raises LogError, naming the file, when it is missing or malformed."""
@@ -174,10 +174,10 @@ class WeightLog:
     def commit(self, manifest: Manifest) -> bool:
         """Creates the version; False, and nothing changed, where another writer already did."""
         text = json.dumps(asdict(manifest), sort_keys=True, indent=1)
-        if not self.store.create(manifest_name(manifest.version), text.encode()):
+        if not self.store.put(manifest_name(manifest.version), text.encode()):
             return False
         try:
-            self.store.put("HEAD", str(manifest.version).encode())
+            self.store.put("HEAD", str(manifest.version).encode(), overwrite=True)
         except OSError:
             pass  # the version exists; HEAD is only a hint
         return True
@@ -189,13 +189,13 @@ class WeightLog:
 
     def is_superseded(self, epoch: int) -> bool:
         """True once a newer writer has claimed the log; claims leave no gap."""
-        return self.store.exists(epoch_name(epoch + 1))
+        return self.store.size(epoch_name(epoch + 1)) is not None
 
     def claim_epoch(self) -> int:
         """Makes the caller the newest writer; older ones are stale from now on."""
         epoch = self.current_epoch() + 1
         claim = json.dumps({"claimed_s": time.time()}).encode()
-        while not self.store.create(epoch_name(epoch), claim):
+        while not self.store.put(epoch_name(epoch), claim):
             epoch += 1
         return epoch
 

@@ -166,7 +166,7 @@ class Publisher:
         refs = {}
         for kind, data in frames.items():
             name = part_name(version, self._epoch, self._part, kind)
-            if not self._log.store.create(name, data):
+            if not self._log.store.put(name, data):
                 raise StaleWriterError(
                     f"{name} exists already: writer epoch {self._epoch} left version {version} "
                     "open, go on with a new one"
@@ -209,7 +209,7 @@ class Publisher:
         """Returns once all files are there, or someone has committed the version."""
         deadline_s = time.monotonic() + self._config.part_timeout_s
         while True:
-            names = [name for name in names if not self._log.store.exists(name)]
+            names = [name for name in names if self._log.store.size(name) is None]
             if not names or self._log.is_committed(version):
                 return
             if time.monotonic() > deadline_s:

@@ -12,24 +12,24 @@ STORES = {"file": "gossamer.comm.store.local:LocalStore"}
 class Store(Protocol):
     """Files that appear whole or not at all; made as `cls(url, create)`."""
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Writes a file that does not exist yet; False, and nothing written, where it does."""
+    def put(self, name: str, data: bytes, overwrite: bool = False) -> bool:
+        """Writes a file; False, and nothing written, where it exists and `overwrite` is False."""
         ...
 
-    def put(self, name: str, data: bytes) -> None:
-        """Writes or replaces a file."""
-        ...
-
-    def get(self, name: str) -> bytes:
-        """A file's bytes. Raises FileNotFoundError naming it."""
+    def get(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Bytes [start, stop) of a file (to its end). Raises FileNotFoundError naming it."""
         ...
 
     def list(self, prefix: str) -> list[str]:
         """Sorted names of the files in the prefix's folder (`a/` of `a/b`) that begin with it."""
         ...
 
-    def exists(self, name: str) -> bool:
-        """True once the file is whole."""
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None until it is whole."""
+        ...
+
+    def delete(self, name: str) -> None:
+        """Removes a file; one that is not there is no error."""
         ...
 
 

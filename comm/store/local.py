@@ -25,30 +25,25 @@ class LocalStore:
         if not self.root.is_dir():
             raise FileNotFoundError(f"store {self.root} is not a directory")
 
-    def create(self, name: str, data: bytes) -> bool:
-        """See Store.create."""
+    def put(self, name: str, data: bytes, overwrite: bool = False) -> bool:
+        """See Store.put."""
         path = self._path(name)
-        if path.exists():
+        if not overwrite and path.exists():
             return False
         with _written_beside(path, data) as temporary:
             try:
-                os.link(temporary, path)
+                (os.replace if overwrite else os.link)(temporary, path)
             except FileExistsError:
                 return False
         _fsync_directory(path.parent)
         return True
 
-    def put(self, name: str, data: bytes) -> None:
-        """See Store.put."""
-        path = self._path(name)
-        with _written_beside(path, data) as temporary:
-            os.replace(temporary, path)
-        _fsync_directory(path.parent)
-
-    def get(self, name: str) -> bytes:
+    def get(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See Store.get."""
         try:
-            return self._path(name).read_bytes()
+            with open(self._path(name), "rb") as file:
+                file.seek(start)
+                return file.read() if stop is None else file.read(max(0, stop - start))
         except FileNotFoundError:
             raise FileNotFoundError(f"{name} is missing from store {self.root}") from None
 
@@ -62,9 +57,14 @@ class LocalStore:
         )
         return sorted(name for name in names if name.startswith(prefix))
 
-    def exists(self, name: str) -> bool:
-        """See Store.exists."""
-        return self._path(name).is_file()
+    def size(self, name: str) -> int | None:
+        """See Store.size."""
+        path = self._path(name)
+        return path.stat().st_size if path.is_file() else None
+
+    def delete(self, name: str) -> None:
+        """See Store.delete."""
+        self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         parts = PurePosixPath(name).parts

@@ -62,7 +62,7 @@ def test_a_writer_killed_between_part_and_commit_leaves_the_old_head(tmp_path):
     # part 0 of 2 puts its part, then waits for a part 1 that never starts
     doomed = start_part(tmp_path, 0, 2, epoch, 1)
     deadline = time.monotonic() + 30
-    while not log.store.exists(part_name(1, epoch, 0, "anchor")):
+    while log.store.size(part_name(1, epoch, 0, "anchor")) is None:
         assert time.monotonic() < deadline and doomed.poll() is None
         time.sleep(0.01)
     os.kill(doomed.pid, signal.SIGKILL)
@@ -124,7 +124,7 @@ def test_an_heir_that_lost_the_race_for_a_number_takes_the_next(tmp_path):
         target=lambda: published.append(heirs[0].publish(rows_of(state, 0, 2), 0))
     )
     first.start()
-    while not log.store.exists(part_name(1, 2, 0, "anchor")):
+    while log.store.size(part_name(1, 2, 0, "anchor")) is None:
         time.sleep(0.001)
     zombie.publish(rows_of(moved(state, 0.1, 1)), 1)
     published.append(heirs[1].publish(rows_of(state, 1, 2), 0))
@@ -288,9 +288,9 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
         with pytest.raises(OSError, match="No space left on device: '.*p0.delta'"):
             writer.publish(rows_of(after), 1)
         store = open_store(disk)
-        for write in (store.put, store.create):
+        for overwrite in (True, False):
             with pytest.raises(OSError, match="No space left"):
-                write("HEAD" if write == store.put else "new", bytes(100_000))
+                store.put("HEAD" if overwrite else "new", bytes(100_000), overwrite)
         assert sorted(path.name for path in disk.rglob("*")) == before
         assert log.head() == 0 and same_bits(read_state(log), state)
         ballast.unlink()

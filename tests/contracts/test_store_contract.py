@@ -13,15 +13,25 @@ def store(request, tmp_path):
 
 
 def test_a_file_comes_back_and_can_be_replaced(store):
-    store.put("HEAD", b"1")
-    store.put("HEAD", b"22")
+    store.put("HEAD", b"1", overwrite=True)
+    store.put("HEAD", b"22", overwrite=True)
     assert store.get("HEAD") == b"22"
-    assert store.exists("HEAD") and not store.exists("HEA")
+    assert store.size("HEAD") == 2 and store.size("HEA") is None
+    store.delete("HEAD")
+    store.delete("HEAD")
+    assert store.size("HEAD") is None
+
+
+def test_a_range_of_a_file(store):
+    store.put("a", bytes(range(100)))
+    assert store.get("a", 10, 20) == bytes(range(10, 20))
+    assert store.get("a", 90) == bytes(range(90, 100))
+    assert store.get("a", 95, 200) == bytes(range(95, 100))
 
 
 def test_a_name_is_created_once(store):
-    assert store.create("parts/a", b"first")
-    assert not store.create("parts/a", b"second")
+    assert store.put("parts/a", b"first")
+    assert not store.put("parts/a", b"second")
     assert store.get("parts/a") == b"first"
     assert store.list("parts/") == ["parts/a"]
 
@@ -32,7 +42,7 @@ def test_one_of_many_creators_wins(store):
 
         def create(writer, name=name, start=start, won=won):
             start.wait()
-            if store.create(name, b"%d" % writer * 1000):
+            if store.put(name, b"%d" % writer * 1000):
                 won.append(writer)
 
         threads = [threading.Thread(target=create, args=(writer,)) for writer in range(8)]
@@ -46,12 +56,12 @@ def test_one_of_many_creators_wins(store):
 
 def test_readers_see_whole_files_only(store):
     bodies = [bytes([letter]) * 200_000 for letter in b"ab"]
-    store.put("HEAD", bodies[0])
+    store.put("HEAD", bodies[0], overwrite=True)
     done = threading.Event()
 
     def write():
         for turn in range(40):
-            store.put("HEAD", bodies[turn % 2])
+            store.put("HEAD", bodies[turn % 2], overwrite=True)
         done.set()
 
     writer = threading.Thread(target=write)
@@ -69,7 +79,7 @@ def test_a_missing_file_is_named(store):
 
 def test_list_is_sorted_and_keeps_to_the_prefix(store):
     for name in ("manifest-2", "manifest-10", "epoch-1", "parts/x"):
-        store.create(name, b"")
+        store.put(name, b"")
     assert store.list("manifest-") == ["manifest-10", "manifest-2"]
     assert store.list("parts/") == ["parts/x"]
     assert store.list("nowhere/") == []
