@@ -15,6 +15,10 @@ class LogConfig:
     """dtype that the trainer's fp32 masters are rounded to before they are published."""
     anchor_every_versions: int = 50
     """A version this far from the last anchor holds an anchor beside its delta."""
+    anchor_every_bytes: int = 0
+    """So does one with this many bytes of deltas since the last anchor; 0 means never."""
+    signing_key_path: str | None = None
+    """File of the Ed25519 private key (`gossamer log keygen`) that signs frames and manifests."""
     zstd_level: int = 1
     """zstd level of the planes of a frame; higher is smaller and slower."""
     part_timeout_s: float = 60.0
@@ -30,6 +34,8 @@ class LogConfig:
             raise ValueError(
                 f"anchor_every_versions must be at least 1, not {self.anchor_every_versions}"
             )
+        if self.anchor_every_bytes < 0:
+            raise ValueError(f"anchor_every_bytes must be 0 or more, not {self.anchor_every_bytes}")
         if not 1 <= self.zstd_level <= 22:
             raise ValueError(f"zstd_level must be from 1 to 22, not {self.zstd_level}")
         for field in ("part_timeout_s", "poll_s"):

@@ -7,91 +7,81 @@ a hint of where to look.
     log.json                        run_id and wire version
     epoch-0001.json                 one for each writer that ever claimed the log
     parts/00000012-e0001-p0.delta   frames (wire.py); or .anchor
-    manifest-00000012.json          the commit of version 12
+    manifest-00000012.json          the commit of version 12 (manifest.py)
+    fold-00000010-00000020.json     a shortcut over several versions (fold.py)
     HEAD                            a version not later than the newest
+    gc.json                         what retention.py may delete from when on
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING
 
+from gossamer.comm.manifest import (
+    GoneError,
+    LogError,
+    Manifest,
+    PartRef,
+    epoch_name,
+    file_hash,
+    fold_name,
+    manifest_name,
+    numbers_in,
+    pack_manifest,
+    unpack_manifest,
+)
+from gossamer.comm.route import Hop, best_hop, first_stop
 from gossamer.comm.store import Store, open_store
-from gossamer.comm.wire import KINDS, WIRE_VERSION, frame_digest
+from gossamer.comm.wire import WIRE_VERSION, frame_digest
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from gossamer.comm.signing import Signer, Verifier
 
 # enough for a late joiner to walk to the head without reading one twice
 CACHED_MANIFESTS = 1024
 
 
-class LogError(RuntimeError):
-    """A log that is missing, of another run, or damaged."""
-
-
 class StaleWriterError(LogError):
-    """Another writer took over the log."""
-
-
-@dataclass(frozen=True, slots=True)
-class PartRef:
-    """One frame of a version."""
-
-    name: str
-    nbytes: int
-    hash: str
-    """The frame's own digest, hex."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a version is: written once, by part 0, when all parts lie in the store."""
-
-    run_id: str
-    version: int
-    step: int
-    """Optimizer steps behind these weights."""
-    writer_epoch: int
-    base_version: int | None
-    """The version that `delta` applies on; None where only an anchor exists."""
-    base_state_hash: str | None
-    state_hash: str
-    """Hash of the whole state after this version (state_hash.py)."""
-    rewind_to_step: int | None
-    """Set where a resumed writer took over: steps after this one never happened."""
-    delta: list[PartRef]
-    anchor: list[PartRef]
-    num_tensors: int
-    num_changed: int
-    """Elements that differ from the base; all of them where only an anchor exists."""
-    num_elements: int
-    full_bytes: int
-    """Bytes of all weights in their publish dtypes."""
-    created_s: float
-    """Unix time."""
+    """Another writer took over the log, or holds it."""
 
 
 class WeightLog:
     """One run's log in one store. Safe to share between threads."""
 
-    def __init__(self, store: Store, run_id: str, url: str) -> None:
+    def __init__(
+        self, store: Store, run_id: str, url: str, verifier: Verifier | None = None
+    ) -> None:
         self.store = store
         self.run_id = run_id
         self.url = url
-        self._manifests: dict[int, Manifest] = {}
+        self._verifier = verifier
+        # by file name, with the hash of the file
+        self._manifests: dict[str, tuple[Manifest, str]] = {}
+        self._lost: set[str] = set()
 
     @classmethod
-    def open(cls, url: str | Path, run_id: str | None = None, create: bool = False) -> WeightLog:
+    def open(
+        cls,
+        url: str | Path,
+        run_id: str | None = None,
+        create: bool = False,
+        public_key: str | Path | None = None,
+    ) -> WeightLog:
         """The log at `url`; with `create`, made there if it does not exist.
 
-        `run_id` is checked against the log's, or names a new log (default: a random one).
-        Raises LogError where there is no log, or one of another run.
+        `run_id` is checked against the log's, or names a new log (default: a random one). With the
+        file of a `public_key`, every frame and manifest that it did not sign is refused. Raises
+        LogError where there is no log, or one of another run.
         """
+        verifier = None
+        if public_key is not None:
+            from gossamer.comm.signing import Verifier
+
+            verifier = Verifier.from_file(public_key)
         try:
             store = open_store(url, create)
             if create:
@@ -107,7 +97,9 @@ class WeightLog:
             raise LogError(f"the log at {url} is of run {run_of_log}, not {run_id}")
         if wire_version != WIRE_VERSION:
             raise LogError(f"the log at {url} has wire version {wire_version}, not {WIRE_VERSION}")
-        return cls(store, run_of_log, str(url))
+        return cls(store, run_of_log, str(url), verifier)
+
+    # --- versions -------------------------------------------------------------------------------
 
     def head(self) -> int | None:
         """The newest version, None in an empty log."""
@@ -116,54 +108,79 @@ class WeightLog:
             version += 1
         return None if version < 0 else version
 
+    def versions(self) -> list[int]:
+        """All versions that are still there, ascending."""
+        return [version for (version,) in self._numbers("manifest-", r"manifest-(\d+)\.json")]
+
+    def folds(self) -> list[tuple[int, int]]:
+        """(first, last) of every fold."""
+        return [(a, b) for a, b in self._numbers("fold-", r"fold-(\d+)-(\d+)\.json")]
+
     def is_committed(self, version: int) -> bool:
-        """True once the version's manifest exists."""
-        return version in self._manifests or self.store.size(manifest_name(version)) is not None
+        """True while the version's manifest exists."""
+        name = manifest_name(version)
+        return name in self._manifests or self.store.size(name) is not None
 
     def manifest(self, version: int) -> Manifest:
-        """Raises LogError, naming the file, when it is missing or malformed."""
-        if version not in self._manifests:
-            name = manifest_name(version)
-            try:
-                manifest = _read_manifest(self.store.get(name), name)
-            except FileNotFoundError as error:
-                raise LogError(str(error)) from error
-            if manifest.version != version or manifest.run_id != self.run_id:
-                raise LogError(
-                    f"{name} is of run {manifest.run_id}, version {manifest.version}; "
-                    f"expected run {self.run_id}"
-                )
-            if len(self._manifests) >= CACHED_MANIFESTS:
-                self._manifests.clear()
-            self._manifests[version] = manifest
-        return self._manifests[version]
+        """Raises LogError, naming the file, when it is missing, malformed or not signed."""
+        return self._entry(manifest_name(version), version)[0]
+
+    def manifest_hash(self, version: int) -> str:
+        """Hash of the version's manifest file, as its child names it. Raises as `manifest`."""
+        return self._entry(manifest_name(version), version)[1]
+
+    def fold(self, first: int, last: int) -> Manifest:
+        """The delta from version `first` to `last`. Raises as `manifest`."""
+        manifest, _ = self._entry(fold_name(first, last), last)
+        if manifest.base_version != first:
+            raise LogError(f"{fold_name(first, last)} goes on version {manifest.base_version}")
+        return manifest
 
     def newest_anchor(self, at_most: int | None = None) -> int:
         """The newest version, `at_most` this one, that holds an anchor. Raises LogError."""
         version = self.head() if at_most is None else at_most
-        for candidate in range(-1 if version is None else version, -1, -1):
-            if self.manifest(candidate).anchor:
-                return candidate
+        try:
+            for candidate in range(-1 if version is None else version, -1, -1):
+                if self.manifest(candidate).anchor:
+                    return candidate
+        except GoneError:
+            pass
         raise LogError(f"the log at {self.url} holds no anchor up to version {version}")
 
     def next_version(self, live: int | None) -> int | None:
-        """What to apply on `live` to get nearer to the head; None when it is the head.
+        """What to apply on `live` to get nearer to the head by the fewest bytes; None at the head.
 
-        The next delta, or the newest anchor where the chain of deltas is broken.
+        Raises LogError where no way leads there.
         """
         head = self.head()
-        if head is None or live == head:
+        if head is None or (live is not None and live >= head):
             return None
-        if live is None or any(not self.manifest(v).delta for v in range(live + 1, head + 1)):
-            return self.newest_anchor(head)
-        return live + 1
+        try:
+            return first_stop(self, live, head)
+        except LogError as error:
+            if not self._lost:
+                raise
+            lost, self._lost = self._lost, set()  # whoever asks again, looks again
+            raise LogError(f"{error}; {', '.join(sorted(lost))} is missing") from error
+
+    def hop(self, live: int | None, version: int) -> Hop | None:
+        """The cheapest way from `live` straight to `version`, if there is one."""
+        return best_hop(self, live, version)
+
+    # --- parts ----------------------------------------------------------------------------------
 
     def read_part(self, ref: PartRef) -> bytes:
-        """The frame of a committed version. Raises LogError where it is missing or another."""
+        """The frame of a committed version.
+
+        Raises GoneError where it is missing, LogError where it is another, SignatureError.
+        """
         try:
             data = self.store.get(ref.name)
         except FileNotFoundError as error:
-            raise LogError(f"part of a committed version: {error}") from error
+            # its manifest is likely to be gone as well
+            self._lost.add(ref.name)
+            self._manifests.clear()
+            raise GoneError(f"part of a committed version: {error}") from error
         if len(data) != ref.nbytes or frame_digest(data) != ref.hash:
             raise LogError(
                 f"{ref.name} has {len(data)} bytes and digest {frame_digest(data)[:8]}; "
@@ -171,10 +188,16 @@ class WeightLog:
             )
         return data
 
-    def commit(self, manifest: Manifest) -> bool:
+    def has_lost(self, refs: list[PartRef]) -> bool:
+        """True when `read_part` missed one of them."""
+        return any(ref.name in self._lost for ref in refs)
+
+    # --- writers --------------------------------------------------------------------------------
+
+    def commit(self, manifest: Manifest, signer: Signer | None = None) -> bool:
         """Creates the version; False, and nothing changed, where another writer already did."""
-        text = json.dumps(asdict(manifest), sort_keys=True, indent=1)
-        if not self.store.put(manifest_name(manifest.version), text.encode()):
+        text = pack_manifest(manifest, signer)
+        if not self.store.put(manifest_name(manifest.version), text):
             return False
         try:
             self.store.put("HEAD", str(manifest.version).encode(), overwrite=True)
@@ -184,64 +207,59 @@ class WeightLog:
 
     def current_epoch(self) -> int:
         """The newest writer's epoch, 0 when none was claimed."""
-        numbers = (re.fullmatch(r"epoch-(\d+)\.json", name) for name in self.store.list("epoch-"))
-        return max((int(match[1]) for match in numbers if match), default=0)
+        return max((epoch for (epoch,) in self._numbers("epoch-", r"epoch-(\d+)\.json")), default=0)
 
     def is_superseded(self, epoch: int) -> bool:
         """True once a newer writer has claimed the log; claims leave no gap."""
         return self.store.size(epoch_name(epoch + 1)) is not None
 
-    def claim_epoch(self) -> int:
-        """Makes the caller the newest writer; older ones are stale from now on."""
-        epoch = self.current_epoch() + 1
+    def claim_epoch(self, takeover: bool = False) -> int:
+        """Makes the caller the newest writer; with `takeover`, older ones are stale from now on.
+
+        Raises StaleWriterError without it, where the log has a writer.
+        """
         claim = json.dumps({"claimed_s": time.time()}).encode()
-        while not self.store.put(epoch_name(epoch), claim):
+        epoch = self.current_epoch() + 1
+        while epoch == 1 or takeover:
+            if self.store.put(epoch_name(epoch), claim):
+                return epoch
             epoch += 1
-        return epoch
+        raise StaleWriterError(
+            f"the log at {self.url} has a writer, epoch {self.current_epoch()}; "
+            "whoever goes on in its place must take over (takeover=True)"
+        )
+
+    # --- parts of the above ---------------------------------------------------------------------
+
+    def _entry(self, name: str, version: int) -> tuple[Manifest, str]:
+        """The manifest in the file `name`, and the file's hash."""
+        entry = self._manifests.get(name)
+        if entry is None:
+            try:
+                data = self.store.get(name)
+            except FileNotFoundError as error:
+                raise GoneError(str(error)) from error
+            manifest = unpack_manifest(data, name, self._verifier)
+            if manifest.version != version or manifest.run_id != self.run_id:
+                raise LogError(
+                    f"{name} is of run {manifest.run_id}, version {manifest.version}; "
+                    f"expected run {self.run_id}"
+                )
+            if len(self._manifests) >= CACHED_MANIFESTS:
+                self._manifests.clear()
+            entry = self._manifests[name] = manifest, file_hash(data)
+        return entry
 
     def _hint(self) -> int:
         """A committed version, -1 when there is none."""
         try:
             hint = self.store.get("HEAD")
-            if hint.isdigit() and self.is_committed(int(hint)):
+            if hint.isdigit() and len(hint) < 16 and self.is_committed(int(hint)):
                 return int(hint)
         except FileNotFoundError:
             pass
-        names = self.store.list("manifest-")
-        return int(names[-1][len("manifest-") :].split(".")[0]) if names else -1
+        return max(self.versions(), default=-1)
 
-
-def manifest_name(version: int) -> str:
-    """The file whose creation commits `version`."""
-    return f"manifest-{version:08d}.json"
-
-
-def epoch_name(epoch: int) -> str:
-    """The file whose creation claims `epoch`."""
-    return f"epoch-{epoch:04d}.json"
-
-
-def part_name(version: int, writer_epoch: int, part: int, kind: str) -> str:
-    """The file of one frame."""
-    return f"parts/{version:08d}-e{writer_epoch:04d}-p{part}.{kind}"
-
-
-def _read_manifest(data: bytes, name: str) -> Manifest:
-    try:
-        entry = json.loads(data)
-        parts = {kind: [_read(PartRef, ref) for ref in entry[kind]] for kind in KINDS}
-        return _read(Manifest, entry | parts)
-    except KeyError as error:
-        raise LogError(f"{name} lacks field {error}") from error
-    except (ValueError, TypeError) as error:
-        raise LogError(f"{name} is not a manifest: {error}") from error
-
-
-def _read(kind: type[T], entry: dict[str, Any]) -> T:
-    """A dataclass from JSON. Raises KeyError, or TypeError for a field of another type."""
-    values = {}
-    for field, expected in get_type_hints(kind).items():
-        value = values[field] = entry[field]
-        if not isinstance(value, list if get_origin(expected) is list else expected):
-            raise TypeError(f"field {field} must not be {value!r}")
-    return kind(**values)
+    def _numbers(self, prefix: str, pattern: str) -> list[tuple[int, ...]]:
+        found = (numbers_in(name, pattern) for name in self.store.list(prefix))
+        return sorted(numbers for numbers in found if numbers)

@@ -7,34 +7,21 @@ always against what every reader can hold, whoever is killed when.
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gossamer.comm.codec.part import EncodedPart, PartEncoder, Rows
+from gossamer.comm.committer import Committer
 from gossamer.comm.config import LogConfig
-from gossamer.comm.log import (
-    LogError,
-    Manifest,
-    PartRef,
-    StaleWriterError,
-    WeightLog,
-    manifest_name,
-    part_name,
-)
-from gossamer.comm.state_hash import TensorHash, add_runs, state_hash
-from gossamer.comm.wire import (
-    DTYPE_BYTES,
-    KINDS,
-    Frame,
-    Run,
-    WireError,
-    frame_digest,
-    pack_frame,
-    uncovered,
-    unpack_frame,
-)
+from gossamer.comm.log import StaleWriterError, WeightLog
+from gossamer.comm.manifest import Manifest, PartRef, manifest_name, part_name, total_bytes
+from gossamer.comm.wire import Frame, frame_digest, pack_frame
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gossamer.comm.signing import Signer
 
 
 class PartTimeoutError(TimeoutError):
@@ -57,10 +44,14 @@ class Published:
     """Of this part's rows in their publish dtypes."""
     num_changed: int
     num_elements: int
+    export_s: float
+    """Waiting for `rows`: gathering and rounding are the caller's."""
     encode_s: float
-    """Finding changes, hashing, coding and framing."""
-    commit_s: float
-    """Writing the frames, waiting for the other parts, committing or seeing the manifest."""
+    """Finding changes, hashing, coding, framing and signing."""
+    put_s: float
+    """Writing the frames."""
+    wait_s: float
+    """Waiting for the other parts, committing or seeing the manifest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,70 +66,108 @@ class _Attempt:
 
 
 class Publisher:
-    """Part `part` of `num_parts`; all parts of a version share its writer epoch and its step."""
+    """Part `part` of `num_parts`; all parts of a version share its writer epoch and its step.
+
+    `writer_epoch` is one `log.claim_epoch()` for all parts; a publisher without others may leave it
+    out and claims it itself, if need be with `takeover`. With a `signer` frames and manifests are
+    signed.
+    """
 
     def __init__(
-        self, log: WeightLog, part: int, num_parts: int, writer_epoch: int, config: LogConfig
+        self,
+        log: WeightLog,
+        part: int = 0,
+        num_parts: int = 1,
+        writer_epoch: int | None = None,
+        config: LogConfig | None = None,
+        signer: Signer | None = None,
+        takeover: bool = False,
     ) -> None:
         if not 0 <= part < num_parts:
             raise ValueError(f"part must be from 0 to {num_parts - 1}, not {part}")
+        if writer_epoch is None:
+            if num_parts > 1:
+                raise ValueError(f"writer_epoch must be given, the same to all {num_parts} parts")
+            writer_epoch = log.claim_epoch(takeover)
         self._log = log
         self._part = part
         self._num_parts = num_parts
         self._epoch = writer_epoch
-        self._config = config
-        self._encoder = PartEncoder(config.zstd_level)
+        self._config = config or LogConfig()
+        self._signer = signer
+        self._committer = Committer(log, num_parts, writer_epoch, signer)
+        self._encoder = PartEncoder(self._config.zstd_level)
         self._last: Manifest | None = None
         self._last_anchor = 0
-        # kept by part 0 alone: what each tensor hashes to in the last version
-        self._hashes: dict[str, TensorHash] = {}
+        self._bytes_since_anchor = 0
 
     def publish(
-        self, rows: Iterable[Rows], step: int, rewind_to_step: int | None = None
+        self,
+        weights: Mapping[str, Tensor] | Iterable[Rows],
+        step: int,
+        rewind_to_step: int | None = None,
     ) -> Published:
         """Publishes this part of the next version; returns when the version is committed.
 
-        Raises StaleWriterError when another writer took the log, PartTimeoutError when a part
+        `weights` are whole tensors by name, in the dtypes that readers are to hold, or this part's
+        rows. Raises StaleWriterError when another writer took the log, PartTimeoutError when a part
         or the manifest stays away, ValueError for rows that are not those of the last version.
         A version that was put but not committed stays open: go on with a new writer epoch.
         """
-        started_s = time.perf_counter()
+        rows = _Timed(_rows_of(weights) if isinstance(weights, Mapping) else weights)
+        clock = _Clock()
         if self._last is None:
             head = self._log.head()
             version = 0 if head is None else head + 1
-            with_anchor = True
         else:
             version = self._last.version + 1
-            with_anchor = version - self._last_anchor >= self._config.anchor_every_versions
-        with_delta = self._last is not None
-        part = self._encoder.encode(rows, with_delta, with_anchor)
-        kinds = ["delta"] * with_delta + ["anchor"] * with_anchor
+        kinds = self._kinds(version)
+        part = self._encoder.encode(rows, "delta" in kinds, "anchor" in kinds)
         frames = self._pack(part, kinds, version, step)
-        encoded_s = time.perf_counter()
+        encode_s = clock.lap_s() - rows.elapsed_s
+        put_s = wait_s = 0.0
         while True:
             attempt = _Attempt(version, step, rewind_to_step, frames, self._put(frames, version))
+            put_s += clock.lap_s()
             manifest = self._settle(attempt)
+            wait_s += clock.lap_s()
             if manifest is not None:
                 break
             # a writer that this one supersedes was quicker; an anchor goes on any base
             version += 1
             frames = self._pack(part, kinds, version, step)
+            encode_s += clock.lap_s()
         self._encoder.move_base(part)
-        self._last = manifest
-        self._last_anchor = version if manifest.anchor else self._last_anchor
-        kind = kinds[0]
+        self._move(manifest)
         return Published(
             version=version,
             step=step,
-            kind=kind,
-            frame_bytes=len(frames[kind]),
+            kind=kinds[0],
+            frame_bytes=len(frames[kinds[0]]),
             anchor_bytes=len(frames["anchor"]) if len(frames) == 2 else 0,
             full_bytes=part.full_bytes,
             num_changed=part.num_changed,
             num_elements=part.num_elements,
-            encode_s=encoded_s - started_s,
-            commit_s=time.perf_counter() - encoded_s,
+            export_s=rows.elapsed_s,
+            encode_s=encode_s,
+            put_s=put_s,
+            wait_s=wait_s,
         )
+
+    def _kinds(self, version: int) -> list[str]:
+        """Every part comes to the same answer: from the config and from manifests alone."""
+        if self._last is None:
+            return ["anchor"]
+        limit = self._config.anchor_every_bytes
+        is_due = version - self._last_anchor >= self._config.anchor_every_versions
+        is_due = is_due or 0 < limit <= self._bytes_since_anchor
+        return ["delta", "anchor"] if is_due else ["delta"]
+
+    def _move(self, manifest: Manifest) -> None:
+        self._last = manifest
+        self._bytes_since_anchor += total_bytes(manifest.delta)
+        if manifest.anchor:
+            self._last_anchor, self._bytes_since_anchor = manifest.version, 0
 
     def _pack(
         self, part: EncodedPart, kinds: list[str], version: int, step: int
@@ -192,7 +221,9 @@ class Publisher:
                     "a newer writer claimed the log"
                 )
             if not self._log.is_committed(version):
-                self._commit(attempt)
+                self._committer.commit(
+                    version, attempt.step, attempt.rewind_to_step, self._last, attempt.frames
+                )
         else:
             self._wait_for([manifest_name(version)], version)
         manifest = self._log.manifest(version)
@@ -219,64 +250,34 @@ class Publisher:
                 )
             time.sleep(self._config.poll_s)
 
-    def _commit(self, attempt: _Attempt) -> None:
-        """Commits the version from the tables of all parts, unless another writer did."""
-        refs: dict[str, list[PartRef]] = {kind: [] for kind in KINDS}
-        runs: dict[str, list[Run]] = {kind: [] for kind in KINDS}
-        num_changed = {kind: 0 for kind in KINDS}
-        for kind in attempt.frames:
-            for part in range(self._num_parts):
-                frame, ref = self._read_frame(attempt, part, kind)
-                refs[kind].append(ref)
-                runs[kind] += frame.runs
-                num_changed[kind] += frame.num_changed
-        gap = uncovered(runs["anchor"])
-        if gap:
-            raise LogError(f"the parts of version {attempt.version} do not add up: {gap}")
-        base = self._last
-        hashes = add_runs(self._hashes, runs["delta" if base else "anchor"])
-        sizes = [(math.prod(each.shape), DTYPE_BYTES[each.dtype]) for each in hashes.values()]
-        manifest = Manifest(
-            run_id=self._log.run_id,
-            version=attempt.version,
-            step=attempt.step,
-            writer_epoch=self._epoch,
-            base_version=base.version if base else None,
-            base_state_hash=base.state_hash if base else None,
-            state_hash=state_hash(hashes),
-            rewind_to_step=attempt.rewind_to_step,
-            delta=refs["delta"],
-            anchor=refs["anchor"],
-            num_tensors=len(hashes),
-            num_changed=num_changed["delta" if base else "anchor"],
-            num_elements=sum(elements for elements, _ in sizes),
-            full_bytes=sum(elements * itemsize for elements, itemsize in sizes),
-            created_s=time.time(),
-        )
-        if self._log.commit(manifest):
-            self._hashes = hashes
 
-    def _read_frame(self, attempt: _Attempt, part: int, kind: str) -> tuple[Frame, PartRef]:
-        """Another part's frame, or this one's, checked to be of this version and step."""
-        name = part_name(attempt.version, self._epoch, part, kind)
-        own = part == self._part
-        data = attempt.frames[kind] if own else self._log.store.get(name)
-        try:
-            frame = unpack_frame(data)
-        except WireError as error:
-            raise LogError(f"{name} is {error}") from error
-        expected = (kind, self._log.run_id, attempt.version, attempt.step, part, self._num_parts)
-        found = (
-            frame.kind,
-            frame.run_id,
-            frame.version,
-            frame.step,
-            frame.part,
-            frame.num_parts,
-        )
-        if found != expected:
-            raise LogError(
-                f"{name} is (kind, run_id, version, step, part, num_parts) = {found}, "
-                f"expected {expected}"
-            )
-        return frame, PartRef(name, len(data), frame_digest(data))
+class _Clock:
+    """Seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def lap_s(self) -> float:
+        before_s, self._at_s = self._at_s, time.perf_counter()
+        return self._at_s - before_s
+
+
+class _Timed:
+    """Rows, and how long they were waited for."""
+
+    def __init__(self, rows: Iterable[Rows]) -> None:
+        self.elapsed_s = 0.0
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[Rows]:
+        clock = _Clock()
+        for each in self._rows:
+            self.elapsed_s += clock.lap_s()
+            yield each
+            clock.lap_s()
+        self.elapsed_s += clock.lap_s()
+
+
+def _rows_of(tensors: Mapping[str, Tensor]) -> Iterator[Rows]:
+    for name, tensor in tensors.items():
+        yield Rows(name, tuple(tensor.shape), 0, tensor.detach().cpu().contiguous())

@@ -57,7 +57,8 @@ def resume_run(config: RunConfig, run_dir: Path) -> None:
         events = read_events(run_dir) if (run_dir / METRICS_FILE).exists() else []
         if of_kind(events, "run_end", reason="finished"):
             raise RunError(f"{run_dir} has finished; see `gossamer report {run_dir}`")
-        last = max((e["attempt"] for e in of_kind(events, "run_start")), default=0)
+        # 1 even where the first attempt died before it could say so: it may have claimed the log
+        last = max((e["attempt"] for e in of_kind(events, "run_start")), default=1)
         _attempt(config, run_dir, number=last + 1, resume_from=newest_checkpoint(run_dir))
 
 

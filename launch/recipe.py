@@ -61,6 +61,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if train.model.path is not None:
         folder = str(Path(train.model.path).absolute())
         train = replace(train, model=replace(train.model, path=folder))
+    if train.log.signing_key_path is not None:
+        key = str(Path(train.log.signing_key_path).absolute())
+        train = replace(train, log=replace(train.log, signing_key_path=key))
     return replace(config, train=train)
 
 

@@ -84,16 +84,14 @@ class EngineActor:
             if version is None:
                 return False
             start_s = time.perf_counter()
+            hop, manifest = self._log.hop(self._version, version), self._log.manifest(version)
             self._engine.stage(version)
             stage_s = time.perf_counter() - start_s
             committed = self._engine.commit()
-            manifest, base = self._log.manifest(version), self._version
-            goes_on = manifest.delta and manifest.base_version == base
-            frames = manifest.delta if goes_on else manifest.anchor
             self._version = version
             self._event(
                 "commit",
-                bytes=sum(frame.nbytes for frame in frames),
+                bytes=hop.nbytes if hop else 0,
                 density=manifest.num_changed / manifest.num_elements,
                 stage_s=stage_s,
                 pause_s=committed.pause_s,

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Published, Publisher, Rows
+from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
@@ -90,8 +91,10 @@ class Session:
         )
         self._log = WeightLog.open(place.run_dir / LOG_FOLDER, run_id=place.name)
         self._epoch = self._claim_epoch()
+        key = config.log.signing_key_path
+        signer = Signer.from_file(key) if key else None
         self._publisher = Publisher(
-            self._log, self.dims.rank, self.dims.world_size, self._epoch, config.log
+            self._log, self.dims.rank, self.dims.world_size, self._epoch, config.log, signer
         )
         data_state = checkpoint.state["data"] if checkpoint else None
         self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
@@ -294,8 +297,9 @@ class Session:
             yield Rows(owned.name, owned.shape, owned.row_start, values)
 
     def _claim_epoch(self) -> int:
-        """One epoch for all ranks, claimed by the first."""
-        epoch = torch.tensor(self._log.claim_epoch() if self._is_first_rank else 0)
+        """One epoch for all ranks, claimed by the first; a later attempt takes over."""
+        takeover = self.place.attempt > 1 or self.place.resume_from is not None
+        epoch = torch.tensor(self._log.claim_epoch(takeover) if self._is_first_rank else 0)
         dist.broadcast(epoch, src=0)
         return int(epoch)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from gossamer.comm.config import LogConfig
 from gossamer.comm.live import LiveWeights
-from gossamer.comm.log import LogError, StaleWriterError, WeightLog, part_name
+from gossamer.comm.log import LogError, StaleWriterError, WeightLog
+from gossamer.comm.manifest import part_name
 from gossamer.comm.publisher import PartTimeoutError, Publisher, Rows
 from gossamer.comm.reader import read_state
 from gossamer.comm.store import open_store
@@ -58,7 +59,7 @@ def test_a_writer_killed_between_part_and_commit_leaves_the_old_head(tmp_path):
     log, writer = new_writer(tmp_path)
     before = toy_state(9)
     writer.publish(rows_of(before), 0)
-    epoch = log.claim_epoch()
+    epoch = log.claim_epoch(takeover=True)
     # part 0 of 2 puts its part, then waits for a part 1 that never starts
     doomed = start_part(tmp_path, 0, 2, epoch, 1)
     deadline = time.monotonic() + 30
@@ -70,7 +71,7 @@ def test_a_writer_killed_between_part_and_commit_leaves_the_old_head(tmp_path):
     assert log.head() == 0 and same_bits(read_state(log), before)
 
     after = moved(before, 0.2, 1)
-    successor = Publisher(log, 0, 1, log.claim_epoch(), CONFIG)
+    successor = Publisher(log, config=CONFIG, takeover=True)
     assert successor.publish(rows_of(after), 1, rewind_to_step=0).version == 1
     assert same_bits(read_state(log), after)
     assert log.manifest(1).writer_epoch == epoch + 1
@@ -85,7 +86,7 @@ def test_a_takeover_rewinds_its_followers_and_ends_the_zombie(tmp_path):
         states.append(moved(states[-1], 0.1, step))
     Subscriber(log, live).catch_up()
 
-    heir = Publisher(log, 0, 1, log.claim_epoch(), CONFIG)
+    heir = Publisher(log, config=CONFIG, takeover=True)
     published = heir.publish(rows_of(states[1]), 1, rewind_to_step=1)
     assert (published.version, published.kind) == (3, "anchor")
     manifest = log.manifest(3)

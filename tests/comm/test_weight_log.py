@@ -155,11 +155,14 @@ def test_one_of_many_committers_of_a_version_wins(written):
         assert won == [log.manifest(version).writer_epoch]
 
 
-def test_every_claim_gets_its_own_epoch(tmp_path):
+def test_every_takeover_gets_its_own_epoch(tmp_path):
     log = WeightLog.open(tmp_path, create=True)
     assert log.current_epoch() == 0
     claimed = []
-    threads = [threading.Thread(target=lambda: claimed.append(log.claim_epoch())) for _ in range(8)]
+    threads = [
+        threading.Thread(target=lambda: claimed.append(log.claim_epoch(takeover=True)))
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -25,7 +25,11 @@ GUESTS = {
 
 COMM_PACKAGES = {"torch", "numpy", "zstandard"}
 """The base install. A file of comm/ that needs more is named in COMM_GUESTS."""
-COMM_GUESTS = {"comm/engines/hf.py": {"transformers"}, "comm/store/ray.py": {"ray"}}
+COMM_GUESTS = {
+    "comm/engines/hf.py": {"transformers"},
+    "comm/signing.py": {"cryptography"},
+    "comm/store/ray.py": {"ray"},
+}
 
 
 def arrow_faults(source: Source) -> list[str]:
