@@ -158,6 +158,8 @@ class WeightLog:
         try:
             return first_stop(self, live, head)
         except LogError as error:
+            if self.head() != head:
+                return self.next_version(live)  # too slow: the version is old, and gone
             if not self._lost:
                 raise
             lost, self._lost = self._lost, set()  # whoever asks again, looks again

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# what the names below look like: (version, writer epoch), and (first, last) of a fold
+PART = r"parts/(\d+)-e(\d+)-p\d+\.\w+"
+FOLD_PART = r"parts/fold-(\d+)-(\d+)-\w+\.delta"
+
 
 class LogError(RuntimeError):
     """A log that is missing, of another run, or damaged."""
@@ -92,6 +96,11 @@ def epoch_name(epoch: int) -> str:
 def part_name(version: int, writer_epoch: int, part: int, kind: str) -> str:
     """The file of one frame."""
     return f"parts/{version:08d}-e{writer_epoch:04d}-p{part}.{kind}"
+
+
+def fold_part_name(first: int, last: int, digest: str) -> str:
+    """The file of a fold's frame; another attempt with other bytes gets another name."""
+    return f"parts/fold-{first:08d}-{last:08d}-{digest[:16]}.delta"
 
 
 def numbers_in(name: str, pattern: str) -> tuple[int, ...] | None:
