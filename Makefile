@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint types
+.PHONY: demo test test-slow test-testbed lint types
 
 demo: $(INSTALLED)
 	@$(BIN)/gossamer rl demo --overwrite
@@ -13,6 +13,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
+
+# hosts in network namespaces: Linux, root and iproute2; without them its tests say so and are skipped
+test-testbed: $(INSTALLED)
+	@command -v tc >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y iproute2; } || \
+		echo "the network test bed needs iproute2, which could not be installed: as root, apt-get install iproute2"
+	@$(BIN)/python -m pytest -m testbed
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -56,7 +56,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)
     command.set_defaults(run=_export)
+    _add_bench(commands.add_parser("bench", help="measure, beside what others do"))
     return parser
+
+
+def _add_bench(command: argparse.ArgumentParser) -> None:
+    benches = command.add_subparsers(required=True, metavar="BENCH")
+    sync = benches.add_parser("sync", help="bytes and times of a weight update, by codec and link")
+    sync.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
+    sync.add_argument("--quick", action="store_true", help="small models, under a minute")
+    sync.add_argument("--traces", type=Path, metavar="DIR", help="keep recorded traces here")
+    sync.set_defaults(run=_bench_sync)
+    table = benches.add_parser("table", help="the rows of `bench sync` as Markdown")
+    table.add_argument("json", type=Path)
+    table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")
+    table.set_defaults(run=_bench_table)
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
@@ -105,6 +119,22 @@ def _export(arguments: argparse.Namespace) -> None:
     from gossamer.launch.export import export_run
 
     print(export_run(_load_run(arguments.run_dir), arguments.run_dir.resolve(), arguments.out))
+
+
+def _bench_sync(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench.sync import bench_sync
+
+    bench_sync(arguments.json, arguments.traces, arguments.quick)
+
+
+def _bench_table(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench.table import put_table, render_table
+
+    text = render_table(arguments.json)
+    if arguments.into is None:
+        print(text)
+    else:
+        put_table(arguments.into, text)
 
 
 def _load_run(run_dir: Path):  # noqa: ANN202
