@@ -41,7 +41,7 @@ class Peer:
 
 
 def encode_full(old: Weights, new: Weights) -> bytes:
-    return b"".join(new.values())
+    return b"".join(array.data for array in new.values())
 
 
 def decode_full(data: bytes, live: Weights) -> list[np.ndarray]:
@@ -61,7 +61,8 @@ def encode_pairs(old: Weights, new: Weights) -> bytes:
     found = [(np.flatnonzero(old[name] != new[name]), new[name]) for name in new]
     counts = np.array([len(positions) for positions, _ in found], WIDE)
     all_positions = [positions.astype("<i4") for positions, _ in found]
-    return b"".join([counts, *all_positions, *(array[positions] for positions, array in found)])
+    values = [array[positions] for positions, array in found]
+    return b"".join(array.data for array in (counts, *all_positions, *values))
 
 
 def decode_pairs(data: bytes, live: Weights) -> Changes:
@@ -95,7 +96,7 @@ def encode_gaps(old: Weights, new: Weights) -> bytes:
     compress = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress
     planes = [compress(plane) for arrays in (gaps, xors) for plane in _split(arrays)]
     sizes = [len(plane) for plane in planes]
-    return b"".join([np.array([*head, *sizes], "<u8"), *planes])
+    return b"".join([np.array([*head, *sizes], "<u8").tobytes(), *planes])
 
 
 def decode_gaps(data: bytes, live: Weights) -> Changes:
@@ -127,8 +128,8 @@ def commit_gaps(changes: Changes, live: Weights) -> None:
 
 def encode_xor(old: Weights, new: Weights) -> bytes:
     compress = zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress
-    packed = [compress(old[name] ^ new[name]) for name in new]
-    return b"".join([np.array([len(each) for each in packed], "<u8"), *packed])
+    packed = [compress((old[name] ^ new[name]).data) for name in new]
+    return b"".join([np.array([len(each) for each in packed], "<u8").tobytes(), *packed])
 
 
 def decode_xor(data: bytes, live: Weights) -> list[np.ndarray]:
@@ -159,7 +160,7 @@ def _split(arrays: list[np.ndarray]) -> Iterator[bytes]:
     """Plane i: byte i of every element of every array that has so many bytes."""
     rows = [array.view(np.uint8).reshape(len(array), array.itemsize) for array in arrays]
     for i in range(max((array.itemsize for array in arrays), default=0)):
-        yield b"".join(np.ascontiguousarray(row[:, i]) for row in rows if row.shape[1] > i)
+        yield b"".join(row[:, i].tobytes() for row in rows if row.shape[1] > i)
 
 
 def _join(planes: list[bytes], dtypes: list[np.dtype], counts: list[int]) -> list[np.ndarray]:

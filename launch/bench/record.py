@@ -128,14 +128,15 @@ def hf_training(sizes: HfShape) -> Iterator[Training]:
     from gossamer.trainer.losses import next_token_loss_sum
     from gossamer.trainer.optim import build_adamw, decays, lr_at
     from gossamer.trainer.tokenizer import token_fields, train_tokenizer
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     texts = list(read_documents(None, sizes.corpus_chars))
     tokenizer = train_tokenizer(texts, TokenizerConfig(vocab_size=sizes.vocab_size))
     source = corpus_source(tokenizer, texts, 1.0, sizes.seq_len)
     data = DataConfig(seq_len=sizes.seq_len, num_rows=sizes.num_rows, task_share=0.0)
     stream = TokenStream([source], data, seed=1)
-    hf = Qwen3Config(
+    hf = AutoConfig.for_model(
+        "qwen3",
         hidden_size=sizes.hidden_size,
         num_hidden_layers=sizes.layers,
         num_attention_heads=8,
@@ -188,10 +189,9 @@ def main(name: str, folder: Path) -> None:
         context = hf_training(QUICK_HF if quick else HfShape())
     with context as training:
         if quick:
-            settings = QUICK_WARM_STEPS, QUICK_LEARNING_RATES, QUICK_STEPS
+            record(name, training, folder, QUICK_WARM_STEPS, QUICK_LEARNING_RATES, QUICK_STEPS)
         else:
-            settings = WARM_STEPS, LEARNING_RATES, STEPS
-        record(name, training, folder, *settings)
+            record(name, training, folder, WARM_STEPS, LEARNING_RATES, STEPS)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def open_wire(mbit: float | None) -> Iterator[Callable[[bytes], float]]:
 @contextmanager
 def _process(host: list[Host], *words: str) -> Iterator[subprocess.Popen]:
     argv = [sys.executable, "-m", __spec__.name, *words]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = host[0].popen(argv, **pipes) if host else subprocess.Popen(argv, **pipes)
+    start = host[0].popen if host else subprocess.Popen
+    process = start(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield process
     finally:
