@@ -6,11 +6,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
-STORES = {"file": "gossamer.comm.store.local:LocalStore"}
+STORES = {
+    "file": "gossamer.comm.store.local:LocalStore",
+    "s3": "gossamer.comm.store.objects:ObjectStore",
+    "gs": "gossamer.comm.store.objects:ObjectStore",
+    "az": "gossamer.comm.store.objects:ObjectStore",
+    "http": "gossamer.comm.store.http:HttpStore",
+    "https": "gossamer.comm.store.http:HttpStore",
+    "ray": "gossamer.comm.store.ray:RayStore",
+}
+
+
+class StoreError(OSError):
+    """A store that does not answer, refuses, or answers what cannot be."""
 
 
 class Store(Protocol):
-    """Files that appear whole or not at all; made as `cls(url, create)`."""
+    """Files that appear whole or not at all; made as `cls(url, create)`.
+
+    Every method raises StoreError where the store fails it, ValueError for a name with `..`.
+    """
 
     def put(self, name: str, data: bytes, overwrite: bool = False) -> bool:
         """Writes a file; False, and nothing written, where it exists and `overwrite` is False."""
@@ -36,8 +51,8 @@ class Store(Protocol):
 def open_store(url: str | Path, create: bool = False) -> Store:
     """The store at `url`, `scheme://place` or a local path.
 
-    Raises ValueError for a scheme that STORES lacks, FileNotFoundError when the place does not
-    exist and `create` is False.
+    Raises ValueError for a scheme that STORES lacks, FileNotFoundError when a place that can be
+    made does not exist and `create` is False.
     """
     scheme, mark, _ = str(url).partition("://")
     scheme = scheme if mark else "file"
@@ -45,3 +60,11 @@ def open_store(url: str | Path, create: bool = False) -> Store:
         raise ValueError(f"store {url!r}: scheme {scheme!r} is not one of {', '.join(STORES)}")
     module, attribute = STORES[scheme].split(":")
     return getattr(import_module(module), attribute)(str(url), create)
+
+
+def checked_name(name: str, place: str) -> str:
+    """`name`. Raises ValueError where it is not the name of a file inside `place`."""
+    folders = name.split("/")
+    if {"", ".", ".."} & set(folders) or "\\" in name or not name.isprintable():
+        raise ValueError(f"name {name!r} leaves store {place}")
+    return name

@@ -10,7 +10,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from gossamer.comm.store import checked_name
 
 TEMPORARY = ".tmp-"
 
@@ -67,10 +69,7 @@ class LocalStore:
         self._path(name).unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
-        parts = PurePosixPath(name).parts
-        if not parts or name.startswith("/") or ".." in parts:
-            raise ValueError(f"name {name!r} leaves store {self.root}")
-        return self.root.joinpath(*parts)
+        return self.root / checked_name(name, str(self.root))
 
 
 @contextmanager

@@ -28,6 +28,7 @@ COMM_PACKAGES = {"torch", "numpy", "zstandard"}
 COMM_GUESTS = {
     "comm/engines/hf.py": {"transformers"},
     "comm/signing.py": {"cryptography"},
+    "comm/store/objects.py": {"obstore"},
     "comm/store/ray.py": {"ray"},
 }
 

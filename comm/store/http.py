@@ -1,0 +1,201 @@
+"""Reads a log that `gossamer log serve` serves, also through an ordinary HTTP cache.
+
+The one idea: a body counts only with the length and the range that were asked for. What was cut
+goes on at the byte where it stopped, and only where the server says that the file cannot change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from urllib.parse import quote, urlsplit
+
+from gossamer.comm.store import StoreError, checked_name
+from gossamer.comm.store.patience import Unanswered, ask, patience_s, read_on
+
+TOKEN_VARIABLE = "GOSSAMER_LOG_TOKEN"
+"""A word that server and readers share; it is sent in clear, so use it over https."""
+
+SILENCE_S = 30.0
+CHUNK_BYTES = 1 << 18
+TRANSIENT = {408, 425, 429}
+
+
+class HttpStore:
+    """The log at `url`; one connection a thread is kept open."""
+
+    def __init__(self, url: str, create: bool = False) -> None:
+        self.url = url.rstrip("/")
+        self._place = urlsplit(self.url)
+        if not self._place.hostname or self._place.query or self._place.fragment:
+            raise ValueError(f"store {url!r} must be http(s)://host[:port][/path]")
+        self._patience_s = patience_s()
+        self._kept = threading.local()
+
+    def put(self, name: str, data: bytes, overwrite: bool = False) -> bool:
+        """Refuses."""
+        raise StoreError(f"store {self.url} is read only: {name} must be put where it is served")
+
+    def get(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """See Store.get."""
+        target = self._target(name)
+        if stop is not None and stop <= start:  # no range header says this
+            if self.size(name) is None:
+                raise FileNotFoundError(f"{name} is missing from store {self.url}")
+            return b""
+        return read_on(
+            f"store {self.url}: get {name}",
+            self._patience_s,
+            lambda done: self._body(name, target, start, stop, done),
+        )
+
+    def list(self, prefix: str) -> list[str]:
+        """See Store.list."""
+        checked_name(prefix + "x", self.url)
+        target = f"{self._place.path}/?list={quote(prefix, safe='')}"
+        body = read_on(
+            f"store {self.url}: list {prefix!r}",
+            self._patience_s,
+            lambda done: self._body("the list of names", target, 0, None, done),
+        )
+        try:
+            names = json.loads(body)
+            if not all(name.startswith(prefix) for name in names):
+                raise ValueError(f"names that do not begin with {prefix}")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StoreError(f"store {self.url} lists no names: {error}") from error
+        return sorted(names)
+
+    def size(self, name: str) -> int | None:
+        """See Store.size."""
+        target = self._target(name)
+
+        def attempt() -> int:
+            with self._answer("HEAD", target, {}, name) as answer:
+                return self._length(answer, name)
+
+        try:
+            return ask(f"store {self.url}: size {name}", self._patience_s, attempt)
+        except FileNotFoundError:
+            return None
+
+    def delete(self, name: str) -> None:
+        """Refuses."""
+        raise StoreError(f"store {self.url} is read only: {name} must be deleted where it lies")
+
+    def _target(self, name: str) -> str:
+        return f"{self._place.path}/{quote(checked_name(name, self.url))}"
+
+    def _body(
+        self, name: str, target: str, start: int, stop: int | None, done: int
+    ) -> Iterator[bytes]:
+        """Bytes [start + done, stop) of a file, in pieces."""
+        begin = start + done
+        headers = {}
+        if begin or stop is not None:
+            headers["Range"] = f"bytes={begin}-{'' if stop is None else stop - 1}"
+        with self._answer("GET", target, headers, name) as answer:
+            if done and "immutable" not in answer.getheader("Cache-Control", ""):
+                raise Unanswered(f"{name} may have changed since it was cut", is_changed=True)
+            if answer.status == 416 and not done and self._ends_before(answer, begin):
+                return
+            skip, left = self._window(answer, name, begin, stop)
+            while left:
+                piece = answer.read1(min(CHUNK_BYTES, skip or left))
+                if not piece:
+                    raise Unanswered(f"{name} was cut {skip + left} bytes before its end")
+                if skip:
+                    skip -= len(piece)
+                else:
+                    left -= len(piece)
+                    yield piece
+
+    def _window(
+        self, answer: HTTPResponse, name: str, begin: int, stop: int | None
+    ) -> tuple[int, int]:
+        """How many bytes of the body to skip, then how many to take. Raises StoreError."""
+        length = self._length(answer, name)
+        if answer.status == 200:  # the whole file; it need not heed a Range
+            end = length if stop is None else min(stop, length)
+            return (begin, end - begin) if begin < end else (0, 0)
+        said = answer.getheader("Content-Range", "")
+        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said)
+        first, last, total = map(int, match.groups()) if match else (-1, -1, -1)
+        end = total if stop is None else min(stop, total)
+        if (first, last + 1, length) != (begin, end, end - begin):
+            raise StoreError(
+                f"store {self.url} answers {said!r} and {length} bytes for bytes {begin} to "
+                f"{'the end' if stop is None else stop} of {name}"
+            )
+        return 0, length
+
+    @staticmethod
+    def _ends_before(answer: HTTPResponse, begin: int) -> bool:
+        said = re.fullmatch(r"bytes \*/(\d+)", answer.getheader("Content-Range", ""))
+        return said is not None and int(said[1]) <= begin
+
+    def _length(self, answer: HTTPResponse, name: str) -> int:
+        length = answer.getheader("Content-Length", "")
+        if answer.chunked or not length.isdecimal() or answer.getheader("Content-Encoding"):
+            raise StoreError(f"store {self.url} must say how many bytes {name} has, uncoded")
+        return int(length)
+
+    @contextmanager
+    def _answer(
+        self, method: str, target: str, headers: dict[str, str], name: str
+    ) -> Iterator[HTTPResponse]:
+        """A response of status 200, 206 or 416. Raises Unanswered for what may pass."""
+        connection = self._connection()
+        try:
+            connection.request(method, target, headers=headers | _authorization())
+            answer = connection.getresponse()
+            self._check_status(answer, name)
+            yield answer
+            answer.read(0)  # closes an answer without a body
+            if not answer.isclosed():
+                connection.close()  # what is left of a body must not meet the next question
+        except (OSError, HTTPException) as error:
+            connection.close()
+            if isinstance(error, StoreError | FileNotFoundError):
+                raise
+            raise Unanswered(f"{type(error).__name__} {error}".rstrip()) from error
+        except BaseException:
+            connection.close()
+            raise
+
+    def _check_status(self, answer: HTTPResponse, name: str) -> None:
+        if answer.status in (200, 206, 416):
+            return
+        if answer.status == 404:
+            raise FileNotFoundError(f"{name} is missing from store {self.url}")
+        said = f"{answer.status} {answer.reason}"
+        if answer.status in TRANSIENT or answer.status >= 500:
+            raise Unanswered(said)
+        if answer.status in (401, 403):
+            said += f"; {TOKEN_VARIABLE} must hold the server's"
+        raise StoreError(f"store {self.url} refuses {name}: {said}")
+
+    def _connection(self) -> HTTPConnection:
+        kept: HTTPConnection | None = getattr(self._kept, "connection", None)
+        if kept is None:
+            kind = HTTPSConnection if self._place.scheme == "https" else HTTPConnection
+            kept = kind(self._place.netloc.rpartition("@")[2], timeout=SILENCE_S)
+            self._kept.connection = kept
+        # bytes that nobody asked for, or the other side's goodbye
+        elif kept.sock:
+            poll = select.poll()
+            poll.register(kept.sock, select.POLLIN)
+            if poll.poll(0):
+                kept.close()
+        return kept
+
+
+def _authorization() -> dict[str, str]:
+    token = os.environ.get(TOKEN_VARIABLE)
+    return {"Authorization": f"Bearer {token}"} if token else {}
