@@ -21,8 +21,6 @@ from gossamer.comm.wire import unpack_frame
 from gossamer.launch.bench.peers import Weights
 from torch import Tensor
 
-NAME = "gossamer"
-
 
 class Ours:
     """One log, its only writer and one engine, which `step` brings from version to version."""

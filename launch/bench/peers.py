@@ -24,6 +24,8 @@ Weights = dict[str, np.ndarray]
 Changes = list[tuple[np.ndarray, np.ndarray]]
 """For each tensor: positions, and new patterns or XOR at them."""
 ZSTD_LEVEL = 1
+OURS = "gossamer"
+"""What the rows call our own codec, which is none of these."""
 NARROW, WIDE = np.dtype("<u2"), np.dtype("<u4")
 
 

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from gossamer.comm.codec.bits import tensor_bits
 from gossamer.comm.codec.bound import bound_bytes
-from gossamer.launch.bench.ours import NAME, Ours
-from gossamer.launch.bench.peers import PEERS, Peer, Weights
+from gossamer.launch.bench.ours import Ours
+from gossamer.launch.bench.peers import OURS, PEERS, Peer, Weights
 from gossamer.launch.bench.traces import Trace, load_trace, simulate_trace
 from gossamer.launch.bench.wire import open_wire
 from gossamer.launch.testbed import unusable
@@ -114,9 +114,9 @@ def _take_turns(
                 _check_equal(peer.name, live, new)
                 for name, array in old.items():
                     np.copyto(live[name], array)
-            frames[NAME], seconds = ours.step(after)
-            taken.setdefault(NAME, []).append(seconds)
-            _check_equal(NAME, ours.live, new)
+            frames[OURS], seconds = ours.step(after)
+            taken.setdefault(OURS, []).append(seconds)
+            _check_equal(OURS, ours.live, new)
             ours.step(before)
     best = {
         codec: {column: min(turn[column] for turn in all_turns) for column in COLUMNS}

@@ -10,11 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gossamer.launch.bench.ours import NAME
+from gossamer.launch.bench.peers import OURS
 from gossamer.launch.quantities import MISSING, format_bytes, format_percent
 
 BEGIN, END = "<!-- bench sync: begin -->", "<!-- bench sync: end -->"
-SUMMARY = ("trace", "changed", "full copy", "gossamer", "of the bound", "int32+bf16", "gap", "xor")
+RATES = ("encode", "decode")
+"""Whose speed the summary gives, as a share of memcpy's."""
 DETAILS = ("codec", "bytes", "encode", "decode", "stage", "commit", "pause")
 TIMES = ("encode_s", "decode_s", "stage_s", "commit_s", "pause_s")
 
@@ -49,15 +50,23 @@ def put_table(page: Path, table: str) -> None:
 
 
 def _summary(by_trace: dict[str, list[Row]], links: list[float | None]) -> list[str]:
-    """Bytes by codec, and who brings the weights over first on each link."""
-    lines = _head([*SUMMARY, *(f"first, {_link(link)}" for link in links)])
+    """Our bytes beside the bound and the others', our speed, and who is first on each link."""
+    others = list(dict.fromkeys(row["codec"] for rows in by_trace.values() for row in rows))
+    others.remove(OURS)
+    ours = [OURS, f"{OURS} / bound", *(f"{codec} / {OURS}" for codec in others)]
+    speeds = [f"{OURS}: {rate}, share of memcpy rate" for rate in RATES]
+    lines = _head(["trace", "changed", *ours, *speeds, *(f"first, {_link(on)}" for on in links)])
     for trace, rows in by_trace.items():
-        size = {row["codec"]: row["bytes"] for row in rows}
-        others = [f"{size[codec] / size[NAME]:.2f}x" for codec in size if codec != NAME][1:]
-        first = [min(_on(rows, link), key=_total_s)["codec"] for link in links]
-        cells = [trace, format_percent(rows[0]["density"]), format_bytes(rows[0]["full_bytes"])]
-        cells += [format_bytes(size[NAME]), f"{size[NAME] / rows[0]['bound_bytes']:.3f}x"]
-        lines.append(_line([*cells, *others, *first]))
+        by_codec = {row["codec"]: row for row in rows}
+        own = by_codec[OURS]
+        cells = [trace, format_percent(own["density"]), format_bytes(own["bytes"])]
+        cells.append(f"{own['bytes'] / own['bound_bytes']:.3f}")
+        cells += [f"{by_codec[codec]['bytes'] / own['bytes']:.3g}" for codec in others]
+        cells += [f"{own['memcpy_s'] / own[f'{rate}_s']:.2f}" for rate in RATES]
+        for on in links:
+            same_link = [row for row in rows if row["link_mbit"] == on]
+            cells.append(min(same_link, key=_total_s)["codec"])
+        lines.append(_line(cells))
     return lines
 
 
@@ -76,10 +85,6 @@ def _details(trace: str, rows: list[Row], links: list[float | None]) -> list[str
         wires = [_ms(own[link]["wire_s"]) if link in own else MISSING for link in links]
         lines.append(_line([*cells, *wires]))
     return lines
-
-
-def _on(rows: list[Row], link: float | None) -> list[Row]:
-    return [row for row in rows if row["link_mbit"] == link]
 
 
 def _total_s(row: Row) -> float:
