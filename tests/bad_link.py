@@ -8,11 +8,11 @@ class BadLink:
     """Forwards 127.0.0.1:`port` to another port of loopback.
 
     `cuts` holds numbers of bytes: after that many from the far side the connection is cut, once
-    for each number. `passed` counts what came from the far side.
+    for each number. `passed` counts what came from the far side, `connections` who called.
     """
 
     def __init__(self, far_port):
-        self.cuts, self.passed = [], 0
+        self.cuts, self.passed, self.connections = [], 0, 0
         self._far_port, self._open, self._lock = far_port, set(), threading.Lock()
         self.port = 0
         self.mend()
@@ -24,9 +24,7 @@ class BadLink:
 
     def cut(self):
         """Refuses connections and ends those that there are."""
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for each in list(self._open):
+        for each in (self._listener, *self._open):
             _hang_up(each)
 
     close = cut
@@ -39,6 +37,7 @@ class BadLink:
             except OSError:
                 return
             self._open |= {near, far}
+            self.connections += 1
             for ends in ((near, far, False), (far, near, True)):
                 threading.Thread(target=self._pump, args=ends, daemon=True).start()
 

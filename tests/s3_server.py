@@ -26,7 +26,8 @@ class S3Server:
 
     def __init__(self):
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        application, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+        application = DomainDispatcherApplication(create_backend_app)
+        turn = self._turn = threading.Lock()
 
         def one_at_a_time(environ, start_response):
             # moto looks whether a name is free and then takes it; S3 does both at once
@@ -48,6 +49,10 @@ class S3Server:
             method="PUT",
         )
         urllib.request.urlopen(request, timeout=10).close()
+
+    def held(self):
+        """A context in which it takes connections and does not answer."""
+        return self._turn
 
     def close(self):
         self._server.shutdown()

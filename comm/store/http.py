@@ -13,7 +13,7 @@ import select
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from urllib.parse import quote, urlsplit
 
 from gossamer.comm.store import StoreError, checked_name
@@ -49,21 +49,13 @@ class HttpStore:
             if self.size(name) is None:
                 raise FileNotFoundError(f"{name} is missing from store {self.url}")
             return b""
-        return read_on(
-            f"store {self.url}: get {name}",
-            self._patience_s,
-            lambda done: self._body(name, target, start, stop, done),
-        )
+        return self._whole(name, target, start, stop)
 
     def list(self, prefix: str) -> list[str]:
         """See Store.list."""
         checked_name(prefix + "x", self.url)
         target = f"{self._place.path}/?list={quote(prefix, safe='')}"
-        body = read_on(
-            f"store {self.url}: list {prefix!r}",
-            self._patience_s,
-            lambda done: self._body("the list of names", target, 0, None, done),
-        )
+        body = self._whole(f"the list of {prefix!r}", target, 0, None)
         try:
             names = json.loads(body)
             if not all(name.startswith(prefix) for name in names):
@@ -92,48 +84,52 @@ class HttpStore:
     def _target(self, name: str) -> str:
         return f"{self._place.path}/{quote(checked_name(name, self.url))}"
 
-    def _body(
-        self, name: str, target: str, start: int, stop: int | None, done: int
-    ) -> Iterator[bytes]:
-        """Bytes [start + done, stop) of a file, in pieces."""
-        begin = start + done
-        headers = {}
-        if begin or stop is not None:
-            headers["Range"] = f"bytes={begin}-{'' if stop is None else stop - 1}"
-        with self._answer("GET", target, headers, name) as answer:
-            if done and "immutable" not in answer.getheader("Cache-Control", ""):
-                raise Unanswered(f"{name} may have changed since it was cut", is_changed=True)
-            if answer.status == 416 and not done and self._ends_before(answer, begin):
-                return
-            skip, left = self._window(answer, name, begin, stop)
-            while left:
-                piece = answer.read1(min(CHUNK_BYTES, skip or left))
-                if not piece:
-                    raise Unanswered(f"{name} was cut {skip + left} bytes before its end")
-                if skip:
-                    skip -= len(piece)
-                else:
-                    left -= len(piece)
-                    yield piece
+    def _whole(self, name: str, target: str, start: int, stop: int | None) -> bytes:
+        sizes: set[int] = set()  # of the file, as each answer tells it
+
+        def body_from(done: int) -> Iterator[bytes]:
+            if not done:
+                sizes.clear()
+            begin, headers = start + done, {}
+            if begin or stop is not None:
+                headers["Range"] = f"bytes={begin}-{'' if stop is None else stop - 1}"
+            with self._answer("GET", target, headers, name) as answer:
+                if answer.status == 416 and not done and self._ends_before(answer, begin):
+                    return
+                size, skip, left = self._window(answer, name, begin, stop)
+                sizes.add(size)
+                if len(sizes) > 1:
+                    raise StoreError(f"store {self.url} changed {name} while it was read")
+                while left:
+                    piece = answer.read1(min(CHUNK_BYTES, skip or left))
+                    if not piece:
+                        raise IncompleteRead(b"", skip + left)
+                    if skip:
+                        skip -= len(piece)
+                    else:
+                        left -= len(piece)
+                        yield piece
+
+        return read_on(f"store {self.url}: get {name}", self._patience_s, body_from)
 
     def _window(
         self, answer: HTTPResponse, name: str, begin: int, stop: int | None
-    ) -> tuple[int, int]:
-        """How many bytes of the body to skip, then how many to take. Raises StoreError."""
+    ) -> tuple[int, int, int]:
+        """Size of the file; bytes of the body to skip, then to take. Raises StoreError."""
         length = self._length(answer, name)
         if answer.status == 200:  # the whole file; it need not heed a Range
             end = length if stop is None else min(stop, length)
-            return (begin, end - begin) if begin < end else (0, 0)
+            return length, begin if begin < end else 0, max(0, end - begin)
         said = answer.getheader("Content-Range", "")
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said)
-        first, last, total = map(int, match.groups()) if match else (-1, -1, -1)
-        end = total if stop is None else min(stop, total)
+        first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
+        end = size if stop is None else min(stop, size)
         if (first, last + 1, length) != (begin, end, end - begin):
             raise StoreError(
                 f"store {self.url} answers {said!r} and {length} bytes for bytes {begin} to "
                 f"{'the end' if stop is None else stop} of {name}"
             )
-        return 0, length
+        return size, 0, length
 
     @staticmethod
     def _ends_before(answer: HTTPResponse, begin: int) -> bool:
@@ -152,19 +148,23 @@ class HttpStore:
     ) -> Iterator[HTTPResponse]:
         """A response of status 200, 206 or 416. Raises Unanswered for what may pass."""
         connection = self._connection()
+        may_change = False
         try:
             connection.request(method, target, headers=headers | _authorization())
             answer = connection.getresponse()
             self._check_status(answer, name)
+            may_change = "immutable" not in answer.getheader("Cache-Control", "")
             yield answer
             answer.read(0)  # closes an answer without a body
             if not answer.isclosed():
                 connection.close()  # what is left of a body must not meet the next question
+        except (StoreError, FileNotFoundError):
+            connection.close()
+            raise
         except (OSError, HTTPException) as error:
             connection.close()
-            if isinstance(error, StoreError | FileNotFoundError):
-                raise
-            raise Unanswered(f"{type(error).__name__} {error}".rstrip()) from error
+            said = f"{type(error).__name__} {error}".rstrip()
+            raise Unanswered(said, from_start=may_change) from error
         except BaseException:
             connection.close()
             raise

@@ -21,7 +21,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 T = TypeVar("T")
 
 TOKEN = "gossamer-put"
-SILENCE_S = 30
+SILENCE_S = 30.0
 SLOWEST_PUT_BYTES_PER_S = 125_000
 CHUNK_BYTES = 1 << 20
 
@@ -38,7 +38,7 @@ class ObjectStore:
     def __init__(self, url: str, create: bool = False) -> None:
         self.url = url.rstrip("/")
         self._patience_s = patience_s()
-        self._writers: dict[int, obstore.store.ObjectStore] = {}
+        self._writers: dict[float, obstore.store.ObjectStore] = {}
         try:
             self._reader = _client(self.url, read_s=SILENCE_S, request_s=1e6)
         except BaseError as error:
@@ -83,6 +83,8 @@ class ObjectStore:
         e_tags: list[str | None] = []
 
         def body_from(done: int) -> Iterator[bytes]:
+            if not done:
+                e_tags.clear()
             try:
                 yield from self._body(name, start + done, stop, e_tags)
             except (BaseError, FileNotFoundError) as error:
@@ -158,9 +160,9 @@ def _client(url: str, read_s: float | None, request_s: float) -> obstore.store.O
     return obstore.store.from_url(url, client_options=options, retry_config={"max_retries": 0})
 
 
-def _put_s(nbytes: int) -> int:
+def _put_s(nbytes: int) -> float:
     """Seconds for a put on the slowest link, in powers of two: few clients serve all sizes."""
-    return SILENCE_S << (nbytes // (SILENCE_S * SLOWEST_PUT_BYTES_PER_S)).bit_length()
+    return SILENCE_S * 2 ** int(nbytes / (SILENCE_S * SLOWEST_PUT_BYTES_PER_S)).bit_length()
 
 
 def _told(error: Exception, what: str, url: str) -> Exception:
@@ -169,7 +171,7 @@ def _told(error: Exception, what: str, url: str) -> Exception:
         return FileNotFoundError(f"{what} is missing from store {url}")
     text = _sentence(error)
     if isinstance(error, PreconditionError):
-        return Unanswered(text, is_changed=True)
+        return Unanswered(text, from_start=True)
     if "builder error" in text:
         text = "AWS_ALLOW_HTTP=true (or AZURE_, GOOGLE_) must be set for an endpoint without TLS"
     elif isinstance(error, GenericError) and TRANSIENT.search(text):

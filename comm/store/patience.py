@@ -29,10 +29,10 @@ PROGRESS_BYTES = 65536
 class Unanswered(Exception):  # noqa: N818, it never leaves comm/store
     """One attempt that failed and may succeed when it is made again."""
 
-    def __init__(self, reason: str, is_changed: bool = False) -> None:
+    def __init__(self, reason: str, from_start: bool = False) -> None:
         super().__init__(reason)
-        self.is_changed = is_changed
-        """What was read before belongs to another body."""
+        self.from_start = from_start
+        """The rest of a body need not belong to what was read of it."""
 
 
 def patience_s() -> float:
@@ -105,6 +105,6 @@ def read_on(what: str, seconds: float, body_from: Callable[[int], Iterator[bytes
                     raise Unanswered(f"fewer than {PROGRESS_BYTES} bytes came")
             return bytes(got)
         except Unanswered as error:
-            if error.is_changed:
+            if error.from_start:
                 got.clear()  # but not `mark`: to read the same again is no progress
             patience.pause(error)
