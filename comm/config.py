@@ -21,6 +21,10 @@ class LogConfig:
     """File of the Ed25519 private key (`gossamer log keygen`) that signs frames and manifests."""
     zstd_level: int = 1
     """zstd level of the planes of a frame; higher is smaller and slower."""
+    link_mbit: float | None = None
+    """Speed of the link to the readers: codecs are chosen for time on it; None: for size."""
+    num_threads: int = 1
+    """Threads that find and code changes."""
     part_timeout_s: float = 60.0
     """How long a part waits for the other parts, or for the manifest, of its version."""
     poll_s: float = 0.02
@@ -38,6 +42,8 @@ class LogConfig:
             raise ValueError(f"anchor_every_bytes must be 0 or more, not {self.anchor_every_bytes}")
         if not 1 <= self.zstd_level <= 22:
             raise ValueError(f"zstd_level must be from 1 to 22, not {self.zstd_level}")
-        for field in ("part_timeout_s", "poll_s"):
-            if not getattr(self, field) > 0:
+        if self.num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {self.num_threads}")
+        for field in ("part_timeout_s", "poll_s", "link_mbit"):
+            if getattr(self, field) is not None and not getattr(self, field) > 0:
                 raise ValueError(f"{field} must be above 0, not {getattr(self, field)}")

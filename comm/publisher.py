@@ -96,7 +96,9 @@ class Publisher:
         self._config = config or LogConfig()
         self._signer = signer
         self._committer = Committer(log, num_parts, writer_epoch, signer)
-        self._encoder = PartEncoder(self._config.zstd_level)
+        self._encoder = PartEncoder(
+            self._config.zstd_level, self._config.link_mbit, self._config.num_threads
+        )
         self._last: Manifest | None = None
         self._last_anchor = 0
         self._bytes_since_anchor = 0
@@ -173,23 +175,25 @@ class Publisher:
         self, part: EncodedPart, kinds: list[str], version: int, step: int
     ) -> dict[str, bytes]:
         """This part's frames by kind."""
-        return {
-            kind: pack_frame(
-                Frame(
-                    kind=kind,
-                    run_id=self._log.run_id,
-                    version=version,
-                    base_version=version - 1 if kind == "delta" else None,
-                    step=step,
-                    writer_epoch=self._epoch,
-                    part=self._part,
-                    num_parts=self._num_parts,
-                    num_changed=part.num_changed if kind == "delta" else part.num_elements,
-                    runs=part.delta if kind == "delta" else part.anchor,
-                )
+        frames = {}
+        for kind in kinds:
+            is_delta, base = kind == "delta", self._last
+            frame = Frame(
+                kind=kind,
+                run_id=self._log.run_id,
+                version=version,
+                base_version=base.version if base and is_delta else None,
+                base_state_hash=base.state_hash if base and is_delta else None,
+                step=step,
+                writer_epoch=self._epoch,
+                part=self._part,
+                num_parts=self._num_parts,
+                num_changed=part.num_changed if is_delta else part.num_elements,
+                hash_gain=part.delta_gain if is_delta else part.anchor_gain,
+                runs=part.delta if is_delta else part.anchor,
             )
-            for kind in kinds
-        }
+            frames[kind] = pack_frame(frame, self._signer.sign if self._signer else None)
+        return frames
 
     def _put(self, frames: dict[str, bytes], version: int) -> dict[str, PartRef]:
         refs = {}

@@ -7,26 +7,20 @@ an engine's audit speaks for the whole way from the optimizer to the live tensor
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 
 from gossamer.comm.codec.bits import dtype_name, tensor_bits
 from gossamer.comm.codec.part import Rows
-from gossamer.comm.state_hash import MASK_64, TensorHash, hash_elements, state_hash
+from gossamer.comm.run import Run
+from gossamer.comm.state_hash import format_hash, hash_elements, run_seed
 from gossamer.parallel.gather import gather_texts
 
 
 def trainer_state_hash(rows: Iterable[Rows]) -> str:
     """State hash over all ranks' rows. A collective call; each rank gives the rows it owns."""
-    sums: dict[str, tuple[str, tuple[int, ...], int]] = {}
-    for run in rows:
-        start = run.row_start * math.prod(run.shape[1:])
-        before = sums.get(run.name, ("", (), 0))[2]
-        added = hash_elements(tensor_bits(run.values), start)
-        sums[run.name] = (dtype_name(run.values.dtype), run.shape, (before + added) & MASK_64)
-    whole: dict[str, TensorHash] = {}
-    for part in map(json.loads, gather_texts(json.dumps(sums))):
-        for name, (dtype, shape, added) in part.items():
-            before = whole[name].sum if name in whole else 0
-            whole[name] = TensorHash(dtype, tuple(shape), (before + added) & MASK_64)
-    return state_hash(whole)
+    total = 0
+    for each in rows:
+        dtype, bits = dtype_name(each.values.dtype), tensor_bits(each.values)
+        run = Run(each.name, dtype, tuple(each.shape), each.row_start, len(each.values))
+        total += hash_elements(bits, run_seed(run))
+    return format_hash(sum(map(json.loads, gather_texts(json.dumps(total)))))

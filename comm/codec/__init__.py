@@ -6,33 +6,36 @@ from importlib import import_module
 from typing import Protocol
 
 import numpy as np
-from gossamer.comm.wire import Block, WireError
+from gossamer.comm.run import Run, WireError
 
 CODECS = {
     "dense": "gossamer.comm.codec.dense:DenseCodec",
-    "step": "gossamer.comm.codec.step:StepCodec",
+    "planes": "gossamer.comm.codec.step:StepCodec",
+    "entropy": "gossamer.comm.codec.entropy:EntropyCodec",
 }
 
 
 class Codec(Protocol):
-    """Codes the changed elements of a run; made as `cls(zstd_level)`; for one thread at a time.
+    """Codes one run; made as `cls(zstd_level)`; for one thread at a time.
 
-    `old` and `new` are the run's flat bit patterns, unsigned, [num_elements]; block i holds
-    elements [i * block_elements, (i + 1) * block_elements), the last one what is left.
+    `old` holds the run's flat bit patterns, unsigned, [num_elements]. The run says how many rows
+    make a block and, where the codec needs one, which model it was coded with.
     """
 
     def encode(
-        self, old: np.ndarray, new: np.ndarray, positions: np.ndarray, block_elements: int
-    ) -> list[Block]:
-        """Blocks, by index, of those that hold a change at `positions` (int64, ascending)."""
+        self, run: Run, old: np.ndarray, positions: np.ndarray | None, after: np.ndarray
+    ) -> list[bytes]:
+        """The payload of each block, empty where nothing changed in it.
+
+        `after` are the new bit patterns at `positions` (uint32, ascending), or of the whole run
+        where `positions` is None; only `dense` takes None, and it takes nothing else.
+        """
         ...
 
-    def decode(
-        self, blocks: list[Block], old: np.ndarray, block_elements: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ascending positions (int64) in the run and the new bit patterns there.
+    def decode(self, run: Run, old: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+        """Positions (uint32, ascending; None: all) and the new bit patterns there.
 
-        Reads `old` only inside of `blocks`. Raises WireError on bytes that `encode` cannot make.
+        Raises WireError on bytes that `encode` cannot make.
         """
         ...
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from gossamer.comm.codec.kernels import find_changes
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32}
@@ -30,6 +31,17 @@ def tensor_bits(tensor: torch.Tensor) -> np.ndarray:
         raise ValueError(f"expected elements of 1, 2 or 4 bytes, got {tensor.dtype}")
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     return flat.numpy().view(UNSIGNED[tensor.element_size()])
+
+
+def find_positions(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """Where flat patterns differ, ascending, uint32."""
+    room = np.empty(len(old) + 8, np.uint32)
+    return room[: find_changes(_words(old), _words(new), old, new, room)].copy()
+
+
+def _words(bits: np.ndarray) -> np.ndarray:
+    """`bits` as 64-bit words, as far as they go; they may begin anywhere."""
+    return np.frombuffer(bits.data, np.uint64, bits.nbytes // 8)
 
 
 def steps_between(old: np.ndarray, new: np.ndarray) -> np.ndarray:

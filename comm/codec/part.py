@@ -1,20 +1,39 @@
 """One part of a version: rows of tensors, coded against the bytes they had in the last version.
 
 The one idea: the encoder keeps the old bit patterns of its rows, and they move only when told that
-the version exists. Changes are found once per run and serve the delta, the hash and the base.
+the version exists. Changes are found in one pass over the rows, which are then not needed any more;
+models and codecs are chosen with all changes known, and a second pass over the base codes them.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from threading import local
 
 import numpy as np
 import torch
-from gossamer.comm.codec.bits import dtype_name, tensor_bits
-from gossamer.comm.codec.runs import RunCodec, split_rows
-from gossamer.comm.state_hash import hash_change, hash_elements
-from gossamer.comm.wire import DTYPE_BYTES, Run
+from gossamer.comm.codec import build_codec
+from gossamer.comm.codec.bits import dtype_name, find_positions, tensor_bits
+from gossamer.comm.codec.ladder import Choice, choose
+from gossamer.comm.codec.model import (
+    Counts,
+    assign_models,
+    count_changes,
+    count_elements,
+    entry_bits,
+)
+from gossamer.comm.run import BLOCK_ROWS, DTYPE_BYTES, Model, Run
+from gossamer.comm.state_hash import MASK_64, hash_change, hash_elements, run_seed
+
+# a block of a delta holds about this many changes, so that its end costs little
+MIN_BLOCK_CHANGES = 512
+DENSE_BLOCK_ELEMENTS = 1 << 20
+MAX_RUN_ELEMENTS = 1 << 26
+
+Key = tuple[str, int, str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,26 +50,62 @@ class Rows:
 
 @dataclass(slots=True)
 class EncodedPart:
-    """Runs of one part, in the order of its rows."""
+    """Runs of one part."""
 
     delta: list[Run] = field(default_factory=list)
     """Runs that changed, if a delta was asked for."""
     anchor: list[Run] = field(default_factory=list)
     """All runs, if an anchor was asked for."""
+    delta_gain: int = 0
+    """What the delta adds to the hash of the state, mod 2**64."""
+    anchor_gain: int = 0
     num_changed: int = 0
     """All elements where no delta was asked for."""
     num_elements: int = 0
     full_bytes: int = 0
-    updates: list[tuple[Run, np.ndarray | None, np.ndarray]] = field(default_factory=list)
-    """What the base gains: run, positions (None: all), new bit patterns."""
+    num_empty: int = 0
+    """Runs of which nothing changed."""
+    bytes_by_codec: Counter[str] = field(default_factory=Counter)
+    runs_by_choice: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Runs by (codec, why it was chosen)."""
+    updates: list[_Change] = field(default_factory=list)
+    """What the base gains."""
+
+
+@dataclass(slots=True)
+class _Change:
+    """New bit patterns of a run at `positions` (None: all)."""
+
+    run: Run
+    positions: np.ndarray | None
+    after: np.ndarray
+    counts: Counts | None = None
+    hash_gain: int = 0
+
+
+@dataclass(slots=True)
+class _Base:
+    """What a run was in the last version."""
+
+    bits: np.ndarray
+    elements: np.ndarray
+    """Old values by class."""
+    dense_nbytes: int
+    """Of the run when it was last sent whole."""
 
 
 class PartEncoder:
     """Keeps the base of one part: flat bit patterns by tensor and first row."""
 
-    def __init__(self, zstd_level: int) -> None:
-        self._codec = RunCodec(zstd_level)
-        self._base: dict[tuple[str, int, str, tuple[int, ...]], np.ndarray] = {}
+    def __init__(
+        self, zstd_level: int = 1, link_mbit: float | None = None, num_threads: int = 1
+    ) -> None:
+        self._zstd_level = zstd_level
+        self._link_mbit = link_mbit
+        self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
+        self._ahead = 2 * num_threads
+        self._codecs = local()
+        self._base: dict[Key, _Base] = {}
 
     def encode(self, rows: Iterable[Rows], with_delta: bool, with_anchor: bool) -> EncodedPart:
         """Codes `rows` against the base, which stays as it is.
@@ -60,53 +115,150 @@ class PartEncoder:
         """
         part = EncodedPart()
         unseen = set(self._base)
-        for each in rows:
-            for run, new in _runs_of(each):
-                unseen.discard(_key(run))
-                part.num_elements += len(new)
-                part.full_bytes += new.nbytes
-                if with_anchor:
-                    blocks = self._codec.encode_dense(run, new)
-                    hash_sum = hash_elements(new, run.start)
-                    part.anchor.append(replace(run, blocks=blocks, hash_sum=hash_sum))
-                if with_delta:
-                    self._encode_delta(part, run, new)
-                else:
-                    part.num_changed += len(new)
-                    part.updates.append((run, None, new.copy()))
+
+        def look(each: tuple[Run, np.ndarray]) -> tuple[Run | None, _Change | None]:
+            run, new = each
+            anchor = self._dense(run, new) if with_anchor else None
+            return anchor, self._find(run, new) if with_delta else _Change(run, None, new.copy())
+
+        runs = (each for one in rows for each in _runs_of(one))
+        for (run, new), (anchor, change) in self._in_order(look, runs):
+            unseen.discard(_key(run))
+            part.num_elements += len(new)
+            part.full_bytes += new.nbytes
+            if anchor is not None:
+                part.anchor.append(anchor)
+                part.anchor_gain += hash_elements(new, run_seed(run))
+            if change is None:
+                part.num_empty += 1
+            else:
+                part.updates.append(change)
+                part.num_changed += len(change.after)
         if unseen:
             name, row_start, *_ = min(unseen)
             raise ValueError(f"rows of {name} from {row_start} on were published before, not now")
+        if with_delta:
+            self._encode_delta(part)
+        part.anchor_gain &= MASK_64
         return part
 
     def move_base(self, part: EncodedPart) -> None:
         """Makes `part` the base of the next one."""
-        for run, positions, new in part.updates:
-            if positions is None:
-                self._base[_key(run)] = new
-            else:
-                self._base[_key(run)][positions] = new
+        sizes = {_key(run): len(run.payload) for run in (*part.anchor, *part.delta)
+                 if run.codec == "dense"}  # fmt: skip
+        for change in part.updates:
+            key, dtype = _key(change.run), change.run.dtype
+            base = self._base.get(key)
+            if base is None or change.positions is None:
+                elements = count_elements(change.after, dtype)
+                self._base[key] = _Base(change.after, elements, sizes.get(key, change.after.nbytes))
+                continue
+            assert change.counts is not None
+            base.elements += count_elements(change.after, dtype)
+            base.elements -= change.counts.steps.sum(axis=1)
+            base.bits[change.positions] = change.after
+            base.dense_nbytes = sizes.get(key, base.dense_nbytes)
 
-    def _encode_delta(self, part: EncodedPart, run: Run, new: np.ndarray) -> None:
-        old = self._base.get(_key(run))
-        if old is None or len(old) != len(new):
+    def _find(self, run: Run, new: np.ndarray) -> _Change | None:
+        """What of a run changed, None where nothing did."""
+        base = self._base.get(_key(run))
+        if base is None or len(base.bits) != len(new):
             raise ValueError(
                 f"{run.num_rows} rows of {run.name} from {run.row_start} on were not published "
                 f"as {run.dtype} of {run.shape} before"
             )
-        positions = np.flatnonzero(old != new)
-        if len(positions) == 0:
-            return
+        old = base.bits
+        positions = find_positions(old, new)
+        count = len(positions)
+        if count == 0:
+            return None
         before, after = old[positions], new[positions]
-        hash_sum = hash_change(positions, before, after, run.start)
-        blocks = self._codec.encode_changes(run, old, new, positions)
-        part.delta.append(replace(run, blocks=blocks, hash_sum=hash_sum))
-        part.num_changed += len(positions)
-        part.updates.append((run, positions, after))
+        counts = Counts(base.elements, count_changes(before, after, run.dtype))
+        gain = hash_change(run_seed(run), positions, before, after)
+        return _Change(replace(run, count=count), positions, after, counts, gain)
+
+    def _encode_delta(self, part: EncodedPart) -> None:
+        """Codes what was found, by codecs and models chosen over all of it."""
+        choices = [self._choose(change) for change in part.updates]
+        coded = [i for i, choice in enumerate(choices) if choice.codec == "entropy"]
+        models = assign_models([(part.updates[i].run, part.updates[i].counts) for i in coded])
+        by_model: dict[Model, list[int]] = defaultdict(list)
+        for i, model in zip(coded, models, strict=True):
+            by_model[model].append(i)
+            part.updates[i].run = replace(part.updates[i].run, model=model)
+        for model, members in by_model.items():
+            entropy, dense = (
+                sum(choices[i].nbytes[codec] for i in members) for codec in ("entropy", "dense")
+            )
+            if entropy + entry_bits(model) / 8 > dense:
+                for i in members:
+                    choices[i] = replace(choices[i], codec="dense", why="smaller than its model")
+        for (change, choice), run in self._in_order(
+            self._code, zip(part.updates, choices, strict=True)
+        ):
+            part.delta.append(run)
+            part.delta_gain = (part.delta_gain + change.hash_gain) & MASK_64
+            part.bytes_by_codec[run.codec] += len(run.payload)
+            part.runs_by_choice[run.codec, choice.why] += 1
+
+    def _choose(self, change: _Change) -> Choice:
+        assert change.counts is not None
+        base = self._base[_key(change.run)]
+        return choose(change.counts, base.dense_nbytes, self._link_mbit)
+
+    def _code(self, chosen: tuple[_Change, Choice]) -> Run:
+        change, choice = chosen
+        run, old = change.run, self._base[_key(change.run)].bits
+        if choice.codec == "dense":
+            new = old.copy()
+            new[change.positions] = change.after
+            return self._dense(run, new)
+        rows = MIN_BLOCK_CHANGES * run.num_rows // (run.count * BLOCK_ROWS) * BLOCK_ROWS
+        run = replace(
+            run,
+            codec=choice.codec,
+            block_rows=max(BLOCK_ROWS, min(rows, _bands(run.num_rows))),
+            model=run.model if choice.codec == "entropy" else None,
+        )
+        blocks = self._codec(run.codec).encode(run, old, change.positions, change.after)
+        return replace(run, block_nbytes=tuple(map(len, blocks)), payload=b"".join(blocks))
+
+    def _dense(self, run: Run, new: np.ndarray) -> Run:
+        """The run with all its elements."""
+        rows = max(1, DENSE_BLOCK_ELEMENTS // (run.row_elements * BLOCK_ROWS)) * BLOCK_ROWS
+        rows = min(rows, _bands(run.num_rows))
+        run = replace(run, codec="dense", count=len(new), block_rows=rows, model=None)
+        blocks = self._codec("dense").encode(run, new, None, new)
+        return replace(run, block_nbytes=tuple(map(len, blocks)), payload=b"".join(blocks))
+
+    def _codec(self, name: str):  # noqa: ANN202
+        """The calling thread's own."""
+        if not hasattr(self._codecs, name):
+            setattr(self._codecs, name, build_codec(name, self._zstd_level))
+        return getattr(self._codecs, name)
+
+    def _in_order(self, work, items):  # noqa: ANN001, ANN202
+        """(item, work(item)) in order, some items ahead in threads."""
+        if self._pool is None:
+            yield from ((item, work(item)) for item in items)
+            return
+        waiting: list[tuple[object, Future]] = []
+        for item in items:
+            waiting.append((item, self._pool.submit(work, item)))
+            if len(waiting) > self._ahead:
+                first, future = waiting.pop(0)
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
 
 
-def _key(run: Run) -> tuple[str, int, str, tuple[int, ...]]:
+def _key(run: Run) -> Key:
     return run.name, run.row_start, run.dtype, run.shape
+
+
+def _bands(num_rows: int) -> int:
+    """`num_rows` as whole bands."""
+    return -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS
 
 
 def _runs_of(rows: Rows) -> Iterator[tuple[Run, np.ndarray]]:
@@ -133,6 +285,8 @@ def _runs_of(rows: Rows) -> Iterator[tuple[Run, np.ndarray]]:
         raise ValueError(f"{rows.name}: {error}") from error
     num_rows = 1 if is_vector else len(values)
     row_elements = len(patterns) // num_rows
-    for first, stop in split_rows(num_rows, row_elements):
-        run = Run(rows.name, dtype, shape, rows.row_start + first, stop - first, 0, [])
+    most = max(1, MAX_RUN_ELEMENTS // (row_elements * BLOCK_ROWS)) * BLOCK_ROWS
+    for first in range(0, num_rows, most):
+        stop = min(first + most, num_rows)
+        run = Run(rows.name, dtype, shape, rows.row_start + first, stop - first)
         yield run, patterns[first * row_elements : stop * row_elements]

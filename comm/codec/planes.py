@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import zstandard
-from gossamer.comm.wire import WireError
+from gossamer.comm.run import WireError
 
 ZERO, RAW, ZSTD = range(3)
 # zstd's own header makes it useless below this

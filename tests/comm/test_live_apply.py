@@ -141,7 +141,8 @@ def test_a_base_of_the_same_number_but_other_bytes_is_refused(log, tmp_path, sta
 def test_a_live_bit_that_flipped_is_found(log):
     live = live_at(log, 0)
     live.tensors[UP].view(torch.int16)[:] ^= 1
-    with pytest.raises(ApplyError, match=f"rows of {UP} from 0 on do not match their hash"):
+    assert live.differing() == [UP]
+    with pytest.raises(ApplyError, match=f"not those of version 0: {UP}$|a block of {UP} "):
         live.stage(log.manifest(1), frames_of(log, 1))
     assert live.audit() != log.manifest(0).state_hash
 
@@ -168,12 +169,16 @@ def test_what_was_staged_on_another_version_is_not_committed(log, states):
     assert same_bits(live.tensors, states[2]) and same_bits(anchor.tensors, states[1])
 
 
-@pytest.mark.parametrize("version", [1, 0])
+@pytest.mark.parametrize("kind", ["delta", "anchor"])
 @pytest.mark.parametrize("broken", ["shrunk", "recast"])
-def test_a_commit_that_fails_half_way_puts_every_bit_back(log, version, broken):
+def test_a_commit_that_fails_half_way_puts_every_bit_back(log, kind, broken):
     """The norm, the last tensor, stops being what it was between stage and commit."""
-    live = live_at(log, 0) if version else LiveWeights(toy_state(77))
-    kind = "delta" if version else "anchor"
+    live = live_at(log, 0)
+    version = 1 if kind == "delta" else 4
+    if kind == "anchor":  # of a writer that took over: it goes on any version
+        state = moved(toy_state(5), 0.9, 5)
+        heir = Publisher(log, 0, 1, log.claim_epoch(takeover=True), CONFIG)
+        version = heir.publish(rows_of(state), 9).version
     staged = live.stage(log.manifest(version), frames_of(log, version, kind))
     before, norm = copy_of(live), live.tensors[NORM]
     whole = norm.data
@@ -181,10 +186,73 @@ def test_a_commit_that_fails_half_way_puts_every_bit_back(log, version, broken):
     with pytest.raises(ApplyError, match=f"live tensor {NORM}"):
         live.commit(staged)
     norm.data = whole
-    assert same_bits(live.tensors, before)
-    assert live.version == (0 if version else None)
+    assert same_bits(live.tensors, before) and live.version == 0
     live.commit(staged)  # and nothing stands in the way of another try
     assert live.audit() == log.manifest(version).state_hash
+    assert live.rollback() == 0
+    assert same_bits(live.tensors, before) and live.audit() == log.manifest(0).state_hash
+    with pytest.raises(ApplyError, match="version 0 has no commit to be rolled back"):
+        live.rollback()
+
+
+def test_a_first_load_that_fails_leaves_no_version_live(log, states):
+    live = LiveWeights(zeros())
+    staged = live.stage(log.manifest(0), frames_of(log, 0, "anchor"))
+    assert not staged.changes  # no second copy of the model
+    norm = live.tensors[NORM]
+    whole = norm.data
+    norm.data = whole[:5]
+    with pytest.raises(ApplyError, match=f"live tensor {NORM}"):
+        live.commit(staged)
+    norm.data = whole
+    assert live.version is None
+    live.commit(staged)
+    assert same_bits(live.tensors, states[0]) and live.audit() == log.manifest(0).state_hash
+
+
+class Copy:
+    """A mirror that may fail half-way."""
+
+    def __init__(self, image):
+        self.low = image.view(torch.int16).view(-1).clone().numpy().view(np.uint16)
+        self.fails, self.settled = False, 0
+
+    def write(self, positions, start, patterns):
+        where = slice(start, start + len(patterns)) if positions is None else start + positions
+        half = len(patterns) // 2
+        if self.fails:
+            self.fails = False
+            some = where[:half] if positions is not None else slice(start, start + half)
+            self.low[some] = patterns[:half]
+            raise OSError("the device is gone")
+        self.low[where] = patterns
+
+    def settle(self):
+        self.settled += 1
+
+    def read(self, start, stop):
+        return self.low[start:stop].copy()
+
+
+def test_a_mirror_follows_and_is_put_back(log, states):
+    tensors = zeros()
+    mirror = Copy(tensors[UP])
+    live = LiveWeights(tensors, {UP: mirror}, num_threads=2)
+    subscriber = Subscriber(log, live)
+    subscriber.commit(subscriber.fetch_and_stage(0))
+    before, copy = mirror.low.copy(), copy_of(live)
+    staged = subscriber.fetch_and_stage(1)
+    mirror.fails = True
+    with pytest.raises(OSError, match="the device is gone"):
+        live.commit(staged)
+    assert np.array_equal(mirror.low, before) and same_bits(live.tensors, copy)
+    live.commit(staged)
+    assert live.audit() == log.manifest(1).state_hash and same_bits(live.tensors, states[1])
+    mirror.low[3] ^= 1
+    assert live.audit() != log.manifest(1).state_hash and live.differing() == [UP]
+    mirror.low[3] ^= 1
+    live.rollback()
+    assert np.array_equal(mirror.low, before) and mirror.settled == 4
 
 
 def test_tensors_that_do_not_fit_are_named(log):

@@ -1,0 +1,149 @@
+"""From what changed to the model that codes it.
+
+The one idea: a model costs bytes, so runs of one family (a matrix of all layers and experts) share
+one, and a run gets its own only where that saves more than it costs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+from gossamer.comm.codec.elements import class_of_prefix, element_shape, num_classes
+from gossamer.comm.codec.hazard import change_probability, length_code
+from gossamer.comm.codec.kernels import (
+    DIRECT_STEPS,
+    NUM_STEP_SYMBOLS,
+    STEP_BITS,
+    count_prefixes,
+    count_steps,
+)
+from gossamer.comm.run import Model, Run, name_pieces
+
+# classes that hold less than this share of the changes from below are taken together
+MERGED_SHARE = 1 / 128
+# with fewer a run's own model never pays
+MIN_OWN_CHANGES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a model is made from; those of several runs add up."""
+
+    elements: np.ndarray
+    """Old values, int64 [class]."""
+    steps: np.ndarray
+    """Changes, int64 [class, step symbol]."""
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.elements + other.elements, self.steps + other.steps)
+
+
+def count_elements(old: np.ndarray, dtype: str) -> np.ndarray:
+    """Old values in each class, int64 [class]."""
+    prefixes = np.zeros(len(class_of_prefix(dtype)), np.int64)
+    count_prefixes(old, element_shape(dtype)[0], prefixes)
+    return np.bincount(class_of_prefix(dtype), prefixes, num_classes(dtype)).astype(np.int64)
+
+
+def count_changes(before: np.ndarray, after: np.ndarray, dtype: str) -> np.ndarray:
+    """Changes in each class by step symbol, int64 [class, step symbol]."""
+    counts = np.zeros((num_classes(dtype), NUM_STEP_SYMBOLS), np.int64)
+    count_steps(before, after, *element_shape(dtype), class_of_prefix(dtype), counts)
+    return counts
+
+
+def build_model(counts: Counts) -> Model:
+    """The model that codes changes like these in the fewest bits, its table entry kept short."""
+    changed = counts.steps.sum(axis=1)
+    active = np.flatnonzero(changed)
+    below = np.cumsum(changed)
+    first = int(np.searchsorted(below, below[-1] * MERGED_SHARE, "right"))
+    first, last = min(first, int(active[-1])), int(active[-1])
+    elements = counts.elements[first : last + 1].copy()
+    elements[0] += counts.elements[:first].sum()
+    steps = counts.steps[first : last + 1].copy()
+    steps[0] += counts.steps[:first].sum(axis=0)
+    changed = steps.sum(axis=1)
+    return Model(
+        first=first,
+        lengths=tuple(map(length_code, changed.tolist(), elements.tolist())),
+        counts=tuple(changed.tolist()),
+        steps=tuple(map(_frequencies, steps)),
+    )
+
+
+def coded_bits(counts: Counts, model: Model) -> float:
+    """Bits that `model` needs for `counts`; infinite where it cannot code them."""
+    stop = model.first + len(model.counts)
+    if counts.steps[stop:].any():
+        return np.inf
+    elements, steps = counts.elements[model.first : stop].copy(), counts.steps[model.first : stop]
+    elements[0] += counts.elements[: model.first].sum()
+    steps = steps.copy()
+    steps[0] += counts.steps[: model.first].sum(axis=0)
+    p = np.array([change_probability(code) for code in model.lengths])
+    changed = steps.sum(axis=1)
+    frequencies = np.zeros(steps.shape)
+    for row, entries in zip(frequencies, model.steps, strict=True):
+        row[: len(entries)] = entries
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = (elements - changed) * -np.log2(1 - p)
+        moved = np.where(changed > 0, changed * -np.log2(p), 0)
+        by_step = np.where(steps > 0, steps * (STEP_BITS - np.log2(frequencies)), 0)
+    extra = np.maximum(np.arange(NUM_STEP_SYMBOLS) - DIRECT_STEPS, 0) * steps
+    return float(kept.sum() + moved.sum() + by_step.sum() + extra.sum())
+
+
+def entry_bits(model: Model) -> float:
+    """About what a model costs in the frame's table."""
+    return 8 * (12 + sum(3 + 1.4 * len(row) for row in model.steps))
+
+
+def assign_models(runs: list[tuple[Run, Counts]]) -> list[Model]:
+    """The model that each run is to be coded with.
+
+    All runs of a dtype begin with one model. A family (names that differ in numbers) leaves it, and
+    a run of many changes leaves its family's, where that saves more than the table entry costs.
+    """
+    families: dict[tuple, list[int]] = defaultdict(list)
+    for index, (run, _) in enumerate(runs):
+        families[run.dtype, name_pieces(run.name)].append(index)
+    sums = {key: _sum(runs[index][1] for index in members) for key, members in families.items()}
+    shared = {}
+    for dtype in {key[0] for key in families}:
+        shared[dtype] = build_model(_sum(each for key, each in sums.items() if key[0] == dtype))
+    models: dict[int, Model] = {}
+    for key, members in families.items():
+        best = _cheaper(sums[key], shared[key[0]])
+        for index in members:
+            counts = runs[index][1]
+            alone = len(members) > 1 and counts.steps.sum() >= MIN_OWN_CHANGES
+            models[index] = _cheaper(counts, best) if alone else best
+    return [models[index] for index in range(len(runs))]
+
+
+def _sum(counts: Iterable[Counts]) -> Counts:
+    return reduce(Counts.__add__, counts)
+
+
+def _cheaper(counts: Counts, shared: Model) -> Model:
+    """A model of its own for `counts`, or `shared` where that saves too little."""
+    own = build_model(counts)
+    saved = coded_bits(counts, shared) - coded_bits(counts, own)
+    return own if saved > entry_bits(own) else shared
+
+
+def _frequencies(counts: np.ndarray) -> tuple[int, ...]:
+    """Counts scaled to add up to 4096, at least 1 where there is one; () where there is none."""
+    total = int(counts.sum())
+    if total == 0:
+        return ()
+    counts = counts[: np.flatnonzero(counts)[-1] + 1]
+    scaled = np.maximum((counts << STEP_BITS) // total, counts > 0)
+    # what rounding left over or took goes where it weighs least
+    scaled[np.argmax(scaled)] += (1 << STEP_BITS) - scaled.sum()
+    return tuple(scaled.tolist())
