@@ -10,9 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from time import perf_counter
 
+from gossamer.comm.codec import build_codec
 from gossamer.comm.codec.bits import tensor_bits
-from gossamer.comm.codec.part import Rows
-from gossamer.comm.codec.runs import RunCodec
 from gossamer.comm.config import LogConfig
 from gossamer.comm.live import LiveWeights
 from gossamer.comm.log import WeightLog
@@ -29,7 +28,7 @@ class Ours:
         self._log = WeightLog.open(folder, create=True)
         # anchors cost what a full copy costs, at times of the user's choice
         config = LogConfig(anchor_every_versions=1 << 30)
-        self._publisher = Publisher(self._log, 0, 1, self._log.claim_epoch(), config)
+        self._publisher = Publisher(self._log, config=config)
         self._live = LiveWeights({name: tensor.clone() for name, tensor in start.items()})
         self.step(start)
 
@@ -40,8 +39,7 @@ class Ours:
 
     def step(self, weights: dict[str, Tensor]) -> tuple[bytes, dict[str, float]]:
         """Publishes and applies one version; its frames' bytes, and seconds by column."""
-        rows = [Rows(name, tuple(tensor.shape), 0, tensor) for name, tensor in weights.items()]
-        published = self._publisher.publish(rows, step=0)
+        published = self._publisher.publish(weights, step=0)
         manifest = self._log.manifest(published.version)
         frames = [self._log.read_part(ref) for ref in manifest.delta or manifest.anchor]
         started_s = perf_counter()
@@ -60,7 +58,8 @@ class Ours:
 
     def _decode(self, frames: list[bytes]) -> None:
         """What `stage` does less its proofs."""
-        codec, live = RunCodec(), self.live
+        live = self.live
         for frame in frames:
             for run in unpack_frame(frame).runs:
-                codec.decode(run, live[run.name][run.start : run.start + run.num_elements])
+                old = live[run.name][run.start : run.start + run.num_elements]
+                build_codec(run.codec).decode(run, old)

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gossamer.comm.codec.bits import tensor_bits
+from gossamer.comm.codec.bits import dtype_name, tensor_bits
 from gossamer.comm.codec.bound import bound_bytes
 from gossamer.launch.bench.ours import Ours
 from gossamer.launch.bench.peers import OURS, PEERS, Peer, Weights
@@ -77,10 +77,11 @@ def measure(trace: Trace, wires: dict[float | None, Send], turns: int) -> list[d
     old, new = _bits(before), _bits(after)
     full_bytes = sum(array.nbytes for array in new.values())
     num_changed = sum(int(np.count_nonzero(old[name] != new[name])) for name in new)
+    bound = sum(bound_bytes(old[name], new[name], dtype_name(after[name].dtype)) for name in new)
     shared = {
         "density": num_changed / sum(map(len, new.values())),
         "full_bytes": full_bytes,
-        "bound_bytes": round(sum(bound_bytes(old[name], new[name]) for name in new)),
+        "bound_bytes": round(bound),
     }
     memcpy_s, frames, best = _take_turns(trace, old, new, turns)
     return [
