@@ -36,7 +36,7 @@ from gossamer.comm.manifest import (
 )
 from gossamer.comm.route import Hop, best_hop, first_stop
 from gossamer.comm.store import Store, open_store
-from gossamer.comm.wire import WIRE_VERSION, frame_digest
+from gossamer.comm.wire import WIRE_VERSION, frame_digest, frame_signature
 
 if TYPE_CHECKING:
     from gossamer.comm.signing import Signer, Verifier
@@ -61,7 +61,7 @@ class WeightLog:
         self._verifier = verifier
         # by file name, with the hash of the file
         self._manifests: dict[str, tuple[Manifest, str]] = {}
-        self._lost: set[str] = set()
+        self._avoided: set[str] = set()
 
     @classmethod
     def open(
@@ -160,10 +160,11 @@ class WeightLog:
         except LogError as error:
             if self.head() != head:
                 return self.next_version(live)  # too slow: the version is old, and gone
-            if not self._lost:
+            if not self._avoided:
                 raise
-            lost, self._lost = self._lost, set()  # whoever asks again, looks again
-            raise LogError(f"{error}; {', '.join(sorted(lost))} is missing") from error
+            avoided, self._avoided = self._avoided, set()  # whoever asks again, looks again
+            names = ", ".join(sorted(avoided))
+            raise LogError(f"{error}; missing or unsound: {names}") from error
 
     def hop(self, live: int | None, version: int) -> Hop | None:
         """The cheapest way from `live` straight to `version`, if there is one."""
@@ -179,20 +180,25 @@ class WeightLog:
         try:
             data = self.store.get(ref.name)
         except FileNotFoundError as error:
-            # its manifest is likely to be gone as well
-            self._lost.add(ref.name)
-            self._manifests.clear()
+            self.avoid([ref])
+            self._manifests.clear()  # its own is likely to be gone as well
             raise GoneError(f"part of a committed version: {error}") from error
         if len(data) != ref.nbytes or frame_digest(data) != ref.hash:
             raise LogError(
                 f"{ref.name} has {len(data)} bytes and digest {frame_digest(data)[:8]}; "
                 f"its manifest says {ref.nbytes} and {ref.hash[:8]}"
             )
+        if self._verifier is not None:
+            self._verifier.check(bytes.fromhex(ref.hash), frame_signature(data), ref.name)
         return data
 
-    def has_lost(self, refs: list[PartRef]) -> bool:
-        """True when `read_part` missed one of them."""
-        return any(ref.name in self._lost for ref in refs)
+    def avoid(self, refs: list[PartRef]) -> None:
+        """Has `next_version` and `hop` go other ways, until there is no other."""
+        self._avoided.update(ref.name for ref in refs)
+
+    def avoids(self, refs: list[PartRef]) -> bool:
+        """True for parts to be avoided, those that were missing among them."""
+        return any(ref.name in self._avoided for ref in refs)
 
     # --- writers --------------------------------------------------------------------------------
 

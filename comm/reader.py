@@ -7,55 +7,95 @@ as they are on the wire, and only one tensor at a time is decoded from them.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
+from gossamer.comm.codec import Codec, build_codec
 from gossamer.comm.codec.bits import tensor_bits
-from gossamer.comm.codec.runs import RunCodec
-from gossamer.comm.live import LiveWeights
 from gossamer.comm.log import WeightLog
 from gossamer.comm.manifest import LogError, PartRef
-from gossamer.comm.wire import Run, WireError, unpack_frame
+from gossamer.comm.run import Run, WireError
+from gossamer.comm.state_hash import format_hash, hash_elements, tensor_seed
+from gossamer.comm.wire import Frame, head_nbytes, unpack_frame, unpack_head
+
+# most heads are shorter, and one request is quicker than two
+LIKELY_HEAD_BYTES = 1 << 16
 
 
 class StateReader:
     """The tensors of `version`. Raises LogError when the version does not exist."""
 
     def __init__(self, log: WeightLog, version: int) -> None:
+        self._manifest = log.manifest(version)
         anchor = log.newest_anchor(version)
         refs = list(log.manifest(anchor).anchor)
         for each in range(anchor + 1, version + 1):
             refs += log.manifest(each).delta
         self._runs: dict[str, list[Run]] = defaultdict(list)
         for ref in refs:
-            for run in read_runs(log, ref):
+            for run in read_frame(log, ref).runs:
                 self._runs[run.name].append(run)
-        self._codec = RunCodec()
+        self._codecs: dict[str, Codec] = {}
 
-    def names(self) -> list[str]:
-        """Of all tensors, sorted."""
-        return sorted(self._runs)
+    def __len__(self) -> int:
+        return len(self._runs)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, decoded anew at each call. Raises LogError for a damaged frame."""
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor), sorted; decoded anew each time.
+
+        Raises LogError for a damaged frame, and behind the last tensor where all of them do not
+        hash to what the manifest says.
+        """
+        total = 0
+        for name in sorted(self._runs):
+            tensor = self._decode(name)
+            seed = tensor_seed(name, self._runs[name][0].dtype, tuple(tensor.shape))
+            total += hash_elements(tensor_bits(tensor), seed)
+            yield name, tensor
+        if format_hash(total) != self._manifest.state_hash:
+            raise LogError(
+                f"version {self._manifest.version} hashes to {format_hash(total)}; "
+                f"its manifest says {self._manifest.state_hash}"
+            )
+
+    def _decode(self, name: str) -> torch.Tensor:
         runs = self._runs[name]
         tensor = torch.zeros(runs[0].shape, dtype=getattr(torch, runs[0].dtype))
         bits = tensor_bits(tensor)
         for run in runs:
             old = bits[run.start : run.start + run.num_elements]
             try:
-                positions, new = self._codec.decode(run, old)
+                if run.codec not in self._codecs:
+                    self._codecs[run.codec] = build_codec(run.codec)
+                positions, new = self._codecs[run.codec].decode(run, old)
             except WireError as error:
                 raise LogError(f"{name} cannot be decoded: {error}") from error
-            old[positions] = new
+            old[slice(None) if positions is None else positions] = new
         return tensor
 
 
-def read_runs(log: WeightLog, ref: PartRef) -> list[Run]:
-    """The runs of one frame. Raises LogError."""
+def read_frame(log: WeightLog, ref: PartRef) -> Frame:
+    """One frame of a committed version. Raises LogError, SignatureError."""
     try:
-        return unpack_frame(log.read_part(ref)).runs
+        return unpack_frame(log.read_part(ref))
     except WireError as error:
         raise LogError(f"{ref.name} is {error}") from error
+
+
+def read_head(log: WeightLog, ref: PartRef) -> Frame:
+    """A frame without its payload, which is not fetched; so its digest proves nothing."""
+    return head_of(partial(log.store.get, ref.name), ref.nbytes, ref.name)
+
+
+def head_of(get: Callable[[int, int], bytes], nbytes: int, name: str) -> Frame:
+    """The head of the frame `name`, of which `get(start, stop)` gives ranges. Raises LogError."""
+    data = get(0, min(nbytes, LIKELY_HEAD_BYTES))
+    try:
+        stop = head_nbytes(data)
+        return unpack_head(data if stop <= len(data) else data + get(len(data), stop))
+    except WireError as error:
+        raise LogError(f"{name} is {error}") from error
 
 
 def read_state(log: WeightLog, version: int | None = None) -> dict[str, torch.Tensor]:
@@ -66,19 +106,4 @@ def read_state(log: WeightLog, version: int | None = None) -> dict[str, torch.Te
     version = log.head() if version is None else version
     if version is None or not log.is_committed(version):
         raise LogError(f"the log at {log.url} has no version {version}")
-    reader = StateReader(log, version)
-    tensors = {name: reader.tensor(name) for name in reader.names()}
-    found, expected = LiveWeights(tensors).audit(), log.manifest(version).state_hash
-    if found != expected:
-        raise LogError(f"version {version} hashes to {found}; its manifest says {expected}")
-    return tensors
-
-
-def first_difference(log: WeightLog, version: int, tensors: dict[str, torch.Tensor]) -> str:
-    """Which of `tensors` is not what it is at `version`, in words."""
-    reader = StateReader(log, version)
-    for name in reader.names():
-        count = int((tensor_bits(tensors[name]) != tensor_bits(reader.tensor(name))).sum())
-        if count:
-            return f"{count} elements of {name} differ"
-    return "yet every tensor is as the log has it"
+    return dict(StateReader(log, version))

@@ -34,7 +34,7 @@ class Hop:
 
 
 def hops_to(log: WeightLog, version: int, folds: list[tuple[int, int]]) -> Iterator[Hop]:
-    """Every hop that ends in `version` and whose files were not found missing."""
+    """Every hop that ends in `version` and whose files are not to be avoided."""
     found: list[tuple[str, Manifest]] = []
     try:
         found.append(("delta", log.manifest(version)))
@@ -48,7 +48,7 @@ def hops_to(log: WeightLog, version: int, folds: list[tuple[int, int]]) -> Itera
             continue  # nobody needs a fold
     for kind, manifest in found:
         for hop in (Hop(kind, manifest, manifest.delta), Hop("anchor", manifest, manifest.anchor)):
-            if hop.refs and not log.has_lost(hop.refs):
+            if hop.refs and not log.avoids(hop.refs):
                 yield hop
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from gossamer.comm.live import ApplyError, CommitStats, LiveWeights, Staged
 from gossamer.comm.log import WeightLog
 from gossamer.comm.manifest import GoneError, LogError, Manifest
-from gossamer.comm.reader import first_difference
 
 
 class AuditError(RuntimeError):
@@ -40,6 +39,8 @@ class Subscriber:
         Raises ApplyError when there are none, GoneError for a file deleted meanwhile (ask
         `next_version` again), LogError for a damaged one.
         """
+        if version == self._live.version:
+            return self._live.stage(self._log.manifest(version), [])  # nothing to do
         hop = self._log.hop(self._live.version, version)
         if hop is None:
             base = self._log.manifest(version).base_version
@@ -47,9 +48,14 @@ class Subscriber:
                 f"version {version} goes on version {base} and holds no anchor, "
                 f"but version {self._live.version} is live"
             )
-        frames = [self._log.read_part(ref) for ref in hop.refs]
-        self.fetched_bytes += sum(map(len, frames))
-        return self._live.stage(hop.manifest, frames)
+        try:
+            frames = [self._log.read_part(ref) for ref in hop.refs]
+            self.fetched_bytes += sum(map(len, frames))
+            return self._live.stage(hop.manifest, frames)
+        except (ApplyError, LogError):
+            if hop.kind == "fold":  # nobody needs one
+                self._log.avoid(hop.refs)
+            raise
 
     def commit(self, staged: Staged) -> CommitStats:
         """Makes a staged version live. Raises AuditError when an audit is due and fails."""
@@ -71,13 +77,9 @@ class Subscriber:
             known = self._log.manifest(version)
         found, expected = self._live.audit(), known.state_hash
         if found != expected:
-            try:
-                where = first_difference(self._log, version, self._live.tensors)
-            except LogError as error:
-                where = f"the log cannot say where ({error})"
             raise AuditError(
-                f"the live tensors hash to {found[:16]} where version {version} has "
-                f"{expected[:16]}: {where}"
+                f"the live tensors hash to {found} where version {version} has {expected}; "
+                f"other than committed: {', '.join(self._live.differing()) or 'none'}"
             )
         return found
 

@@ -9,6 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from gossamer.launch.log_cli import add_log_commands
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors of the user's are one sentence on stderr."""
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)
     command.set_defaults(run=_export)
+    add_log_commands(commands.add_parser("log", help="look at a weight log, tend it, pass it on"))
     _add_bench(commands.add_parser("bench", help="measure, beside what others do"))
     return parser
 

@@ -85,7 +85,7 @@ def test_a_missing_part_is_named(written, tmp_path):
     log, _ = written
     (tmp_path / "parts/00000005-e0001-p0.delta").unlink()
     subscriber = Subscriber(log, LiveWeights(zeros()))
-    with pytest.raises(LogError, match=r"parts/00000005-e0001-p0\.delta is missing"):
+    with pytest.raises(LogError, match=r"missing or unsound: parts/00000005-e0001-p0\.delta$"):
         subscriber.catch_up()
 
 

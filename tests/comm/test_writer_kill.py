@@ -18,11 +18,17 @@ from gossamer.comm.publisher import Publisher
 from gossamer.comm.reader import read_state
 from gossamer.comm.retention import gc
 from gossamer.comm.subscriber import Subscriber
-from toy_weights import CONFIG, SHAPES, moved, new_writer, rows_of, same_bits, toy_state, zeros
+from toy_weights import CONFIG, moved, new_writer, random_patterns, rows_of, same_bits
 
+# small, for each of its steps costs a process
+SHAPES = {"model.layers.0.mlp.gate.weight": (70, 8), "model.norm.weight": (24,)}
 CALLS = (
     "open write fsync link replace rename unlink remove mkdir close stat listdir scandir".split()
 )
+
+
+def zeros():
+    return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in SHAPES.items()}
 
 
 class Fuse:
@@ -118,33 +124,37 @@ def sweep(folder, arm_of, work, check):
 @pytest.fixture
 def written(tmp_path):
     log, writer = new_writer(tmp_path / "log")
-    states = [toy_state()]
+    states = [{name: random_patterns(shape, 1) for name, shape in SHAPES.items()}]
     for step in range(4):
         writer.publish(rows_of(states[-1]), step)
-        states.append(moved(states[-1], 0.05, step))
+        states.append(moved(states[-1], 0.3, step))
     return log, writer, states
 
 
-def go_on(folder, head, state):
-    """A new writer takes the log over, and followers of any version come along."""
+def go_on(folder, live, head, state):
+    """A follower at version 3 comes along, then a new writer takes over, then a reader is late."""
     log = WeightLog.open(folder)
     assert log.head() == head
-    assert same_bits(read_state(log), state)
-    follower = Subscriber(log, LiveWeights(zeros()))
-    follower.commit(follower.fetch_and_stage(0))
-    assert follower.catch_up() == head
-    after = moved(state, 0.05, 99)
+    if head > 3:
+        Subscriber(log, live).catch_up()
+        assert same_bits(live.tensors, state)
+        live.rollback()
+    else:
+        assert same_bits(read_state(log), state)
+    after = moved(state, 0.3, 99)
     heir = Publisher(log, config=CONFIG, takeover=True)
     assert heir.publish(rows_of(after), 9, rewind_to_step=9).version == head + 1
-    live = LiveWeights(zeros())
-    assert Subscriber(WeightLog.open(folder), live).catch_up() == head + 1
-    assert same_bits(live.tensors, after)
+    late = LiveWeights(zeros())
+    assert Subscriber(WeightLog.open(folder), late).catch_up() == head + 1
+    assert same_bits(late.tensors, after)
 
 
 @pytest.mark.parametrize("is_takeover", [False, True])
 def test_a_writer_killed_anywhere_leaves_the_old_version_or_the_new(tmp_path, written, is_takeover):
-    _, writer, states = written
+    log, writer, states = written
     folder, heads = tmp_path / "log", []
+    live = LiveWeights(zeros())
+    Subscriber(log, live).catch_up()
 
     def work():
         if is_takeover:
@@ -156,7 +166,7 @@ def test_a_writer_killed_anywhere_leaves_the_old_version_or_the_new(tmp_path, wr
     def check(killed):
         heads.append(WeightLog.open(folder).head())
         assert killed or heads[-1] == 4
-        go_on(folder, heads[-1], states[heads[-1]])
+        go_on(folder, live, heads[-1], states[heads[-1]])
 
     kills = sweep(folder, Fuse.arm_calls, work, check)
     assert heads == sorted(heads) and set(heads) == {3, 4}
@@ -183,7 +193,8 @@ def test_a_collector_killed_anywhere_breaks_no_reader(tmp_path, written):
 def test_a_reader_killed_anywhere_harms_nobody_and_its_heir_heals_torn_tensors(
     tmp_path, written, by
 ):
-    _, _, states = written
+    _, writer, states = written
+    writer.publish(rows_of(states[4]), 4)  # with an anchor, where the heir begins
     folder = tmp_path / "log"
     shared = {}
     for name, shape in SHAPES.items():  # memory that outlives the reader
@@ -192,7 +203,7 @@ def test_a_reader_killed_anywhere_harms_nobody_and_its_heir_heals_torn_tensors(
         shared[name] = torch.frombuffer(memory, dtype=torch.bfloat16).view(shape)
     live = LiveWeights(shared)
     subscriber = Subscriber(WeightLog.open(folder), live)
-    for version in range(3):
+    for version in range(4):
         subscriber.commit(subscriber.fetch_and_stage(version))
     seen = set()
 
@@ -202,17 +213,17 @@ def test_a_reader_killed_anywhere_harms_nobody_and_its_heir_heals_torn_tensors(
     def check(killed):
         seen.add(
             "old"
-            if same_bits(shared, states[2])
-            else "new"
             if same_bits(shared, states[3])
+            else "new"
+            if same_bits(shared, states[4])
             else "torn"
         )
-        assert killed or same_bits(shared, states[3])
+        assert killed or same_bits(shared, states[4])
         heir = LiveWeights(shared)
-        assert Subscriber(WeightLog.open(folder), heir).catch_up() == 3
-        assert same_bits(shared, states[3])
-        assert heir.audit() == WeightLog.open(folder).manifest(3).state_hash
-        for name, values in states[2].items():
+        assert Subscriber(WeightLog.open(folder), heir).catch_up() == 4
+        assert same_bits(shared, states[4])
+        assert heir.audit() == WeightLog.open(folder).manifest(4).state_hash
+        for name, values in states[3].items():
             shared[name].copy_(values)
 
     sweep(folder, arm, subscriber.catch_up, check)
