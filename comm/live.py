@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from gossamer.comm.codec import build_codec
-from gossamer.comm.codec.bits import dtype_name, find_positions, tensor_bits
+from gossamer.comm.codec.bits import dtype_name, find_changed, tensor_bits
 from gossamer.comm.codec.kernels import exchange
 from gossamer.comm.log import Manifest
 from gossamer.comm.run import Run, WireError, overlap, uncovered
@@ -366,11 +366,11 @@ class LiveWeights:
     def _whole(self, run: Run, old: np.ndarray, patterns: np.ndarray) -> tuple[Change, int]:
         """A dense run as the changes it makes, or whole where most of it changes."""
         seed, stop = run_seed(run), run.start + run.num_elements
-        positions = find_positions(old, patterns)
-        gain = hash_change(seed, positions, old[positions], patterns[positions])
+        positions, before, after = find_changed(old, patterns)
+        gain = hash_change(seed, positions, before, after)
         if len(positions) > WHOLE_SHARE * len(old):
             return Change(run.name, run.start, stop, None, patterns), gain
-        return Change(run.name, run.start, stop, positions, patterns[positions]), gain
+        return Change(run.name, run.start, stop, positions, after), gain
 
 
 def _unpack(manifest: Manifest, data: bytes) -> Frame:

@@ -33,10 +33,17 @@ def tensor_bits(tensor: torch.Tensor) -> np.ndarray:
     return flat.numpy().view(UNSIGNED[tensor.element_size()])
 
 
+def find_changed(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where flat patterns differ (uint32, ascending), the old ones there, the new ones there."""
+    room = len(old) + 8
+    found = np.empty(room, np.uint32), np.empty(room, old.dtype), np.empty(room, old.dtype)
+    count = find_changes(_words(old), _words(new), old, new, found)
+    return found[0][:count].copy(), found[1][:count].copy(), found[2][:count].copy()
+
+
 def find_positions(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Where flat patterns differ, ascending, uint32."""
-    room = np.empty(len(old) + 8, np.uint32)
-    return room[: find_changes(_words(old), _words(new), old, new, room)].copy()
+    return find_changed(old, new)[0]
 
 
 def _words(bits: np.ndarray) -> np.ndarray:

@@ -56,8 +56,3 @@ def length_code(num_changed: int, num_elements: int) -> int:
     above = int(np.searchsorted(LENGTHS, units))
     below = max(above - 1, 1)
     return below if log2(units / LENGTHS[below]) < log2(LENGTHS[above] / units) else above
-
-
-def change_probability(code: int) -> float:
-    """The probability that the length `code` stands for."""
-    return 1 - 2.0 ** -(int(LENGTHS[code]) / 2**OCTAVE_BITS)

@@ -36,20 +36,28 @@ inlined = njit(cache=True, nogil=True, error_model="numpy", inline="always")
 
 
 @compiled
-def find_changes(old_words, new_words, old, new, positions):  # noqa: ANN001, ANN201
-    """Writes where flat `old` and `new` differ; returns how many. `*_words` are the same bytes
-    as uint64 as far as they go; `positions` has room for eight more than the elements."""
-    count = 0
-    lanes = 8 // old.itemsize
+def find_changes(old_words, new_words, old, new, found):  # noqa: ANN001, ANN201
+    """Writes where flat `old` and `new` differ, and both values there, into `found` (positions,
+    before, after); returns how many. `*_words` are the same bytes as uint64 as far as they go;
+    arrays of `found` have room for eight more than the elements."""
+    positions, before, after = found
+    count = u64(0)
+    lanes = u64(8 // old.itemsize)
     for word in range(len(old_words)):
         if old_words[word] != new_words[word]:
-            first = word * lanes
+            first = u64(word) * lanes
             for lane in range(lanes):
-                positions[count] = first + lane
-                count += old[first + lane] != new[first + lane]
-    for at in range(len(old_words) * lanes, len(old)):
+                at = first + u64(lane)
+                positions[count] = at
+                before[count] = old[at]
+                after[count] = new[at]
+                count += u64(old[at] != new[at])
+    for rest in range(u64(len(old_words)) * lanes, len(old)):
+        at = u64(rest)
         positions[count] = at
-        count += old[at] != new[at]
+        before[count] = old[at]
+        after[count] = new[at]
+        count += u64(old[at] != new[at])
     return count
 
 
@@ -151,7 +159,7 @@ def list_symbols(old, lo, hi, positions, after, lengths, class_of, steps, shape,
     num_changes = len(positions)
     for change in range(num_changes + 1):
         target = positions[change] if change < num_changes else hi
-        ahead = (target - at) & ~31
+        ahead = (target - at) & ~3
         if ahead:
             total = sum_lengths(old, at, ahead, lengths, shift)
             if length + total < WINDOW:

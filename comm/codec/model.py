@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 
 import numpy as np
 from gossamer.comm.codec.elements import class_of_prefix, element_shape, num_classes
-from gossamer.comm.codec.hazard import change_probability, length_code
+from gossamer.comm.codec.hazard import LENGTHS, OCTAVE_BITS, length_code
 from gossamer.comm.codec.kernels import (
     DIRECT_STEPS,
     NUM_STEP_SYMBOLS,
@@ -26,7 +26,7 @@ from gossamer.comm.run import Model, Run, name_pieces
 # classes that hold less than this share of the changes from below are taken together
 MERGED_SHARE = 1 / 128
 # with fewer a run's own model never pays
-MIN_OWN_CHANGES = 4096
+MIN_OWN_CHANGES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,7 @@ def build_model(counts: Counts) -> Model:
     below = np.cumsum(changed)
     first = int(np.searchsorted(below, below[-1] * MERGED_SHARE, "right"))
     first, last = min(first, int(active[-1])), int(active[-1])
-    elements = counts.elements[first : last + 1].copy()
-    elements[0] += counts.elements[:first].sum()
-    steps = counts.steps[first : last + 1].copy()
-    steps[0] += counts.steps[:first].sum(axis=0)
+    elements, steps = _merged(counts, first, last + 1)
     changed = steps.sum(axis=1)
     return Model(
         first=first,
@@ -81,21 +78,41 @@ def coded_bits(counts: Counts, model: Model) -> float:
     stop = model.first + len(model.counts)
     if counts.steps[stop:].any():
         return np.inf
-    elements, steps = counts.elements[model.first : stop].copy(), counts.steps[model.first : stop]
-    elements[0] += counts.elements[: model.first].sum()
-    steps = steps.copy()
-    steps[0] += counts.steps[: model.first].sum(axis=0)
-    p = np.array([change_probability(code) for code in model.lengths])
+    elements, steps = _merged(counts, model.first, stop)
     changed = steps.sum(axis=1)
-    frequencies = np.zeros(steps.shape)
+    where = (elements - changed) @ _bits_kept(model) + changed @ _bits_changed(model)
+    some = steps > 0
+    which = steps[some] @ _bits_of_steps(model)[some]
+    return float(where + which)
+
+
+def _merged(counts: Counts, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    """Old values and changes of classes [first, stop), lower ones counted as the first."""
+    elements, steps = counts.elements[first:stop].copy(), counts.steps[first:stop].copy()
+    elements[0] += counts.elements[:first].sum()
+    steps[0] += counts.steps[:first].sum(axis=0)
+    return elements, steps
+
+
+@lru_cache
+def _bits_kept(model: Model) -> np.ndarray:
+    return LENGTHS[list(model.lengths)] / 2.0**OCTAVE_BITS
+
+
+def _bits_changed(model: Model) -> np.ndarray:
+    p = 1 - 2.0 ** -_bits_kept(model)
+    return -np.log2(np.where(p > 0, p, 1))
+
+
+@lru_cache
+def _bits_of_steps(model: Model) -> np.ndarray:
+    """Bits of each step symbol with its extra bits, [class, step symbol]."""
+    frequencies = np.zeros((len(model.steps), NUM_STEP_SYMBOLS))
     for row, entries in zip(frequencies, model.steps, strict=True):
         row[: len(entries)] = entries
-    with np.errstate(divide="ignore", invalid="ignore"):
-        kept = (elements - changed) * -np.log2(1 - p)
-        moved = np.where(changed > 0, changed * -np.log2(p), 0)
-        by_step = np.where(steps > 0, steps * (STEP_BITS - np.log2(frequencies)), 0)
-    extra = np.maximum(np.arange(NUM_STEP_SYMBOLS) - DIRECT_STEPS, 0) * steps
-    return float(kept.sum() + moved.sum() + by_step.sum() + extra.sum())
+    extra = np.maximum(np.arange(NUM_STEP_SYMBOLS) - DIRECT_STEPS, 0)
+    with np.errstate(divide="ignore"):
+        return STEP_BITS - np.log2(frequencies) + extra
 
 
 def entry_bits(model: Model) -> float:

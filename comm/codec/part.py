@@ -16,7 +16,7 @@ from threading import local
 import numpy as np
 import torch
 from gossamer.comm.codec import build_codec
-from gossamer.comm.codec.bits import dtype_name, find_positions, tensor_bits
+from gossamer.comm.codec.bits import dtype_name, find_changed, tensor_bits
 from gossamer.comm.codec.ladder import Choice, choose
 from gossamer.comm.codec.model import (
     Counts,
@@ -168,14 +168,12 @@ class PartEncoder:
                 f"as {run.dtype} of {run.shape} before"
             )
         old = base.bits
-        positions = find_positions(old, new)
-        count = len(positions)
-        if count == 0:
+        positions, before, after = find_changed(old, new)
+        if len(positions) == 0:
             return None
-        before, after = old[positions], new[positions]
         counts = Counts(base.elements, count_changes(before, after, run.dtype))
         gain = hash_change(run_seed(run), positions, before, after)
-        return _Change(replace(run, count=count), positions, after, counts, gain)
+        return _Change(replace(run, count=len(positions)), positions, after, counts, gain)
 
     def _encode_delta(self, part: EncodedPart) -> None:
         """Codes what was found, by codecs and models chosen over all of it."""
