@@ -87,10 +87,12 @@ class WeightLog:
             if create:
                 fresh = {"run_id": run_id or uuid.uuid4().hex, "wire_version": WIRE_VERSION}
                 store.put("log.json", json.dumps(fresh).encode())
-            found = json.loads(store.get("log.json"))
-            run_of_log, wire_version = found["run_id"], found["wire_version"]
+            text = store.get("log.json")
         except FileNotFoundError as error:
             raise LogError(f"no weight log at {url}: {error}") from error
+        try:
+            found = json.loads(text)
+            run_of_log, wire_version = found["run_id"], found["wire_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise LogError(f"{url}/log.json must hold run_id and wire_version") from error
         if run_id is not None and run_of_log != run_id:

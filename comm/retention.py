@@ -101,16 +101,19 @@ def _dead_parts(log: WeightLog, head: int, floor: int, swept_to: int) -> tuple[l
     dead, waiting = [], 0
     writers: dict[int, dict[str, int]] = defaultdict(dict)
     for name in log.store.list("parts/"):
-        part, fold = numbers_in(name, PART), numbers_in(name, FOLD_PART)
-        if part is None and fold is None:
+        epoch = None
+        if part := numbers_in(name, PART):
+            version, epoch = part
+        elif fold := numbers_in(name, FOLD_PART):
+            _, version = fold
+        else:
             continue
-        version = part[0] if part else fold[1]
         if version < swept_to:
             dead.append(name)
         elif version < floor:
             waiting += 1
-        elif part and version <= head:
-            writers[version][name] = part[1]
+        elif epoch is not None and version <= head:
+            writers[version][name] = epoch
     for version, epochs in writers.items():
         if len(set(epochs.values())) > 1:
             # one writer's parts were committed, and no other's can be any more

@@ -57,8 +57,8 @@ def print_version(found: dict[str, Any], by_tensor: bool) -> None:
     codecs = _table("codec", "tensors' rows", "elements", "bytes", "bytes per element")
     for name, each in found["codecs"].items():
         ratio = f"{each['nbytes'] / each['coded']:.3g}"
-        rows = (each["runs"], each["coded"])
-        codecs.add_row(name, *map(format_count, rows), format_bytes(each["nbytes"]), ratio)
+        counts = (each["runs"], each["coded"])
+        codecs.add_row(name, *map(format_count, counts), format_bytes(each["nbytes"]), ratio)
     codecs.add_row("(tables)", "", "", format_bytes(found["table_bytes"]), "")
     _print(title, codecs)
     steps = sorted(found["steps"].items(), key=lambda step: -step[1])

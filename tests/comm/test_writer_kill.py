@@ -18,17 +18,11 @@ from gossamer.comm.publisher import Publisher
 from gossamer.comm.reader import read_state
 from gossamer.comm.retention import gc
 from gossamer.comm.subscriber import Subscriber
-from toy_weights import CONFIG, moved, new_writer, random_patterns, rows_of, same_bits
+from toy_weights import CONFIG, SMALL, moved, new_writer, rows_of, same_bits, toy_state, zeros
 
-# small, for each of its steps costs a process
-SHAPES = {"model.layers.0.mlp.gate.weight": (70, 8), "model.norm.weight": (24,)}
 CALLS = (
     "open write fsync link replace rename unlink remove mkdir close stat listdir scandir".split()
 )
-
-
-def zeros():
-    return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in SHAPES.items()}
 
 
 class Fuse:
@@ -124,7 +118,7 @@ def sweep(folder, arm_of, work, check):
 @pytest.fixture
 def written(tmp_path):
     log, writer = new_writer(tmp_path / "log")
-    states = [{name: random_patterns(shape, 1) for name, shape in SHAPES.items()}]
+    states = [toy_state(shapes=SMALL)]
     for step in range(4):
         writer.publish(rows_of(states[-1]), step)
         states.append(moved(states[-1], 0.3, step))
@@ -144,7 +138,7 @@ def go_on(folder, live, head, state):
     after = moved(state, 0.3, 99)
     heir = Publisher(log, config=CONFIG, takeover=True)
     assert heir.publish(rows_of(after), 9, rewind_to_step=9).version == head + 1
-    late = LiveWeights(zeros())
+    late = LiveWeights(zeros(SMALL))
     assert Subscriber(WeightLog.open(folder), late).catch_up() == head + 1
     assert same_bits(late.tensors, after)
 
@@ -153,7 +147,7 @@ def go_on(folder, live, head, state):
 def test_a_writer_killed_anywhere_leaves_the_old_version_or_the_new(tmp_path, written, is_takeover):
     log, writer, states = written
     folder, heads = tmp_path / "log", []
-    live = LiveWeights(zeros())
+    live = LiveWeights(zeros(SMALL))
     Subscriber(log, live).catch_up()
 
     def work():
@@ -180,7 +174,7 @@ def test_a_collector_killed_anywhere_breaks_no_reader(tmp_path, written):
 
     def check(_):
         log = WeightLog.open(folder)
-        live = LiveWeights(zeros())
+        live = LiveWeights(zeros(SMALL))
         assert Subscriber(log, live).catch_up() == 4
         assert same_bits(live.tensors, states[4])
         gc(log, 1, grace_s=0)
@@ -197,7 +191,7 @@ def test_a_reader_killed_anywhere_harms_nobody_and_its_heir_heals_torn_tensors(
     writer.publish(rows_of(states[4]), 4)  # with an anchor, where the heir begins
     folder = tmp_path / "log"
     shared = {}
-    for name, shape in SHAPES.items():  # memory that outlives the reader
+    for name, shape in SMALL.items():  # memory that outlives the reader
         size = torch.Size(shape).numel()
         memory = mmap.mmap(-1, 2 * size)
         shared[name] = torch.frombuffer(memory, dtype=torch.bfloat16).view(shape)

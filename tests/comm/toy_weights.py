@@ -12,6 +12,8 @@ SHAPES = {
     "model.layers.0.mlp.gate.weight": (3, 24),
     "model.norm.weight": (24,),
 }
+# for tests that make hundreds of versions
+SMALL = {"model.layers.0.mlp.gate.weight": (70, 8), "model.norm.weight": (24,)}
 CONFIG = LogConfig(anchor_every_versions=4, part_timeout_s=10.0, poll_s=0.002)
 
 
@@ -26,9 +28,9 @@ def random_patterns(shape, seed):
     return values.view(torch.bfloat16)
 
 
-def toy_state(seed=0):
+def toy_state(seed=0, shapes=SHAPES):
     return {
-        name: random_patterns(shape, seed + i) for i, (name, shape) in enumerate(SHAPES.items())
+        name: random_patterns(shape, seed + i) for i, (name, shape) in enumerate(shapes.items())
     }
 
 
@@ -59,8 +61,8 @@ def rows_of(state, part=0, num_parts=1):
             dealt += 1
 
 
-def zeros():
-    return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in SHAPES.items()}
+def zeros(shapes=SHAPES):
+    return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
 def same_bits(left, right):
