@@ -7,6 +7,8 @@ surprises. The loops are in kernels.py, the format in wire.py.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from gossamer.comm.codec.elements import class_of_prefix, element_shape
 from gossamer.comm.codec.hazard import CUMULATIVE, GUIDE, LENGTHS
@@ -32,13 +34,14 @@ class EntropyCodec:
     """Codes changed elements alone, by the run's model; decodes on the old values of its rows."""
 
     def __init__(self, zstd_level: int = 1) -> None:
-        self._tables: dict[tuple[Model, str], tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        """`zstd_level` is for codecs that use zstd; this one does not."""
 
     def encode(
         self, run: Run, old: np.ndarray, positions: np.ndarray, after: np.ndarray
     ) -> list[bytes]:
         """See Codec.encode; `run` has a model that can code these changes."""
-        lengths, rows, steps = self._tables_of(run)
+        assert run.model is not None
+        lengths, rows, steps = _tables(run.model, run.dtype)
         size = run.block_rows * run.row_elements
         edges = np.searchsorted(positions, np.arange(1, run.num_blocks) * size)
         payloads, first = [], 0
@@ -74,7 +77,7 @@ class EntropyCodec:
         """See Codec.decode."""
         if run.model is None:
             raise WireError(f"{run.name} is coded by entropy and names no model")
-        lengths, rows, steps = self._tables_of(run)
+        lengths, rows, steps = _tables(run.model, run.dtype)
         found = np.empty(run.count, np.uint32), np.empty(run.count, old.dtype)
         count = 0
         for lo, hi, payload in run.blocks():
@@ -99,17 +102,14 @@ class EntropyCodec:
             raise WireError(f"{run.name} holds {count} changes where its table says {run.count}")
         return found
 
-    def _tables_of(self, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Length and model row by class prefix, cumulative frequencies by row."""
-        model = run.model
-        assert model is not None
-        if (model, run.dtype) not in self._tables:
-            rows = class_of_prefix(run.dtype) - model.first
-            lengths = LENGTHS[list(model.lengths)]
-            lengths = np.where(rows < len(lengths), lengths[np.clip(rows, 0, len(lengths) - 1)], 0)
-            steps = np.zeros((len(model.steps), NUM_STEP_SYMBOLS + 1), np.int64)
-            for row, frequencies in zip(steps, model.steps, strict=True):
-                row[1 : len(frequencies) + 1] = frequencies
-            tables = lengths, np.clip(rows, 0, len(steps) - 1), steps.cumsum(axis=1)
-            self._tables[model, run.dtype] = tables
-        return self._tables[model, run.dtype]
+
+@lru_cache(maxsize=256)
+def _tables(model: Model, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Length and model row by class prefix, cumulative frequencies by row."""
+    rows = class_of_prefix(dtype) - model.first
+    lengths = LENGTHS[list(model.lengths)]
+    lengths = np.where(rows < len(lengths), lengths[np.clip(rows, 0, len(lengths) - 1)], 0)
+    steps = np.zeros((len(model.steps), NUM_STEP_SYMBOLS + 1), np.int64)
+    for row, frequencies in zip(steps, model.steps, strict=True):
+        row[1 : len(frequencies) + 1] = frequencies
+    return lengths, np.clip(rows, 0, len(steps) - 1), steps.cumsum(axis=1)
