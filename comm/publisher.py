@@ -46,12 +46,17 @@ class Published:
     num_elements: int
     export_s: float
     """Waiting for `rows`: gathering and rounding are the caller's."""
+    find_s: float
+    """Finding and hashing changes; where an anchor is due, coding it."""
     encode_s: float
-    """Finding changes, hashing, coding, framing and signing."""
+    """Coding changes, framing and signing."""
     put_s: float
     """Writing the frames."""
     wait_s: float
     """Waiting for the other parts, committing or seeing the manifest."""
+    bytes_by_codec: dict[str, int]
+    runs_by_choice: dict[tuple[str, str], int]
+    """Runs of the delta by (codec, why it was chosen)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,7 @@ class Publisher:
         kinds = self._kinds(version)
         part = self._encoder.encode(rows, "delta" in kinds, "anchor" in kinds)
         frames = self._pack(part, kinds, version, step)
-        encode_s = clock.lap_s() - rows.elapsed_s
+        encode_s = clock.lap_s() - part.find_s
         put_s = wait_s = 0.0
         while True:
             attempt = _Attempt(version, step, rewind_to_step, frames, self._put(frames, version))
@@ -151,9 +156,12 @@ class Publisher:
             num_changed=part.num_changed,
             num_elements=part.num_elements,
             export_s=rows.elapsed_s,
+            find_s=part.find_s - rows.elapsed_s,
             encode_s=encode_s,
             put_s=put_s,
             wait_s=wait_s,
+            bytes_by_codec=dict(part.bytes_by_codec),
+            runs_by_choice=dict(part.runs_by_choice),
         )
 
     def _kinds(self, version: int) -> list[str]:

@@ -187,7 +187,11 @@ class Session:
                 frame_bytes=sum(part.nbytes for part in parts),
                 full_bytes=manifest.full_bytes,
                 density=manifest.num_changed / manifest.num_elements,
+                export_s=published.export_s,
+                find_s=published.find_s,
                 encode_s=published.encode_s,
+                put_s=published.put_s,
+                wait_s=published.wait_s,
                 publish_s=time.perf_counter() - start_s,
             )
         return published

@@ -7,6 +7,7 @@ models and codecs are chosen with all changes known, and a second pass over the 
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -68,6 +69,8 @@ class EncodedPart:
     bytes_by_codec: Counter[str] = field(default_factory=Counter)
     runs_by_choice: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Runs by (codec, why it was chosen)."""
+    find_s: float = 0.0
+    """Of the first pass: waiting for rows, finding and hashing changes, coding an anchor."""
     updates: list[_Change] = field(default_factory=list)
     """What the base gains."""
 
@@ -113,7 +116,7 @@ class PartEncoder:
         Without a delta every element counts as changed. Raises ValueError for rows that do not
         fit their tensor, or that are not those of the base where a delta is asked for.
         """
-        part = EncodedPart()
+        part, started_s = EncodedPart(), time.perf_counter()
         unseen = set(self._base)
 
         def look(each: tuple[Run, np.ndarray]) -> tuple[Run | None, _Change | None]:
@@ -137,6 +140,7 @@ class PartEncoder:
         if unseen:
             name, row_start, *_ = min(unseen)
             raise ValueError(f"rows of {name} from {row_start} on were published before, not now")
+        part.find_s = time.perf_counter() - started_s
         if with_delta:
             self._encode_delta(part)
         part.anchor_gain &= MASK_64

@@ -225,6 +225,8 @@ def test_books_are_the_bytes_written(tmp_path):
         assert published.num_elements == manifest.num_elements
         assert published.num_changed == manifest.num_changed
         assert (manifest.step, manifest.num_tensors) == (step, len(state))
+        assert bool(published.runs_by_choice) == bool(published.bytes_by_codec) == (step > 0)
+        assert sum(published.bytes_by_codec.values()) < published.frame_bytes
         state = moved(state, 0.1, step)
 
 
@@ -305,6 +307,7 @@ def test_a_config_that_cannot_be_right_is_refused():
     for field, value in [
         ("publish_dtype", "float64"),
         ("anchor_every_versions", 0),
+        ("anchor_every_bytes", -1),
         ("zstd_level", 0),
         ("part_timeout_s", 0.0),
         ("poll_s", -1.0),
@@ -313,3 +316,26 @@ def test_a_config_that_cannot_be_right_is_refused():
             LogConfig(**{field: value})
     with pytest.raises(ValueError, match="part must be from 0 to 1, not 2"):
         Publisher(None, 2, 2, 1, CONFIG)
+
+
+def test_anchors_come_by_bytes_too(tmp_path):
+    config = replace(CONFIG, anchor_every_versions=100, anchor_every_bytes=6000)
+    log = WeightLog.open(tmp_path, create=True)
+    epoch, state = log.claim_epoch(), toy_state()
+
+    def publish(part):
+        publisher, own = Publisher(log, part, 2, epoch, config), state
+        for step in range(12):
+            publisher.publish(rows_of(own, part, 2), step)
+            own = moved(own, 0.1, step)
+
+    other = threading.Thread(target=publish, args=(1,))
+    other.start()
+    publish(0)
+    other.join()
+    since = 0
+    for version in range(1, 12):
+        manifest = log.manifest(version)
+        assert bool(manifest.anchor) == (since >= 6000)
+        since = 0 if manifest.anchor else since + sum(ref.nbytes for ref in manifest.delta)
+    assert 1 < sum(bool(log.manifest(version).anchor) for version in range(12)) <= 6

@@ -1,0 +1,86 @@
+"""What someone with a trainer of his own sees of a publisher."""
+
+import threading
+import time
+
+import pytest
+import torch
+from gossamer.comm.log import WeightLog
+from gossamer.comm.manifest import part_name
+from gossamer.comm.publisher import Publisher
+from gossamer.comm.reader import read_state
+from toy_weights import CONFIG, moved, new_writer, rows_of, toy_state
+
+
+def test_times_are_told_apart(tmp_path):
+    """Each of the five is where its work is done, and together they are the whole."""
+    log, writer = new_writer(tmp_path)
+    state = toy_state()
+    writer.publish(rows_of(state), 0)
+    store, put = log.store, log.store.put
+
+    def slow_rows():
+        for rows in rows_of(moved(state, 0.1, 1)):
+            time.sleep(0.01)
+            yield rows
+
+    def slow_put(name, data, overwrite=False):
+        time.sleep(0.05 if name.startswith("parts/") else 0.02)
+        return put(name, data, overwrite)
+
+    store.put = slow_put
+    started_s = time.perf_counter()
+    published = writer.publish(slow_rows(), 1)
+    whole_s = time.perf_counter() - started_s
+    assert 0.06 <= published.export_s < 0.5
+    assert 0.05 <= published.put_s and 0.04 <= published.wait_s  # a manifest and HEAD
+    assert 0 < published.find_s < 0.5 and 0 < published.encode_s < 0.5
+    parts = ("export_s", "find_s", "encode_s", "put_s", "wait_s")
+    assert sum(getattr(published, part) for part in parts) == pytest.approx(whole_s, abs=0.02)
+
+
+def test_whole_tensors_by_name_need_no_rows(tmp_path):
+    """A trainer of one's own: any dtype, any layout, its tensors gone on by the next step."""
+    weights = {
+        "norm": torch.randn(24),
+        "router.bias": torch.tensor(3.5, dtype=torch.float16),
+        "experts": torch.randn(6, 10, 8).bfloat16(),
+        "transposed": torch.randn(70, 40).bfloat16().t(),
+        "packed": torch.randint(-128, 127, (130, 8), dtype=torch.int8),
+    }
+    parameter = torch.nn.Parameter(weights["norm"])
+    log = WeightLog.open(tmp_path, create=True)
+    publisher = Publisher(log)
+    assert publisher.publish({**weights, "norm": parameter}, step=0).kind == "anchor"
+    for step in range(1, 3):
+        parameter.data[step] += 1
+        weights["packed"][step] ^= 5
+        assert publisher.publish(weights | {"norm": parameter}, step=step).num_changed == 9
+    read = read_state(log)
+    assert all(torch.equal(read[name], weights[name]) for name in weights)
+    assert [read[name].dtype for name in weights] == [weights[name].dtype for name in weights]
+
+
+def test_other_parts_are_read_by_their_ends_alone(tmp_path):
+    log = WeightLog.open(tmp_path, create=True)
+    epoch, state = log.claim_epoch(), {"w": torch.randn(4096, 64)}
+    read = []
+    get = log.store.get
+
+    def counted(name, start=0, stop=None):
+        data = get(name, start, stop)
+        read.append((name, len(data)))
+        return data
+
+    own = WeightLog.open(tmp_path)
+    own.store.get = counted
+    other = threading.Thread(
+        target=lambda: Publisher(log, 1, 2, epoch, CONFIG).publish(rows_of(state, 1, 2), 0)
+    )
+    other.start()
+    Publisher(own, 0, 2, epoch, CONFIG).publish(rows_of(state, 0, 2), 0)
+    other.join()
+    name = part_name(0, epoch, 1, "anchor")
+    asked = sum(nbytes for each, nbytes in read if each == name)
+    assert 0 < asked < 70_000 < log.store.size(name) / 4
+    assert not any(each == part_name(0, epoch, 0, "anchor") for each, _ in read)
