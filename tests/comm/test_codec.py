@@ -3,39 +3,19 @@
 import dataclasses
 
 import numpy as np
-import pytest
 import torch
-from gossamer.comm.codec import CODECS, build_codec
+from coded_runs import coded
+from gossamer.comm.codec import build_codec
 from gossamer.comm.codec.bits import apply_steps, find_positions, steps_between, tensor_bits
-from gossamer.comm.codec.model import Counts, build_model, count_changes, count_elements
 from gossamer.comm.codec.part import PartEncoder, Rows
 from gossamer.comm.run import Run
 from gossamer.comm.wire import Frame, pack_frame, unpack_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-DTYPES = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32, "int8": np.uint8,
-          "uint8": np.uint8, "float8_e4m3fn": np.uint8, "int32": np.uint32}  # fmt: skip
-
 
 def bf16_bits(values):
     return tensor_bits(torch.tensor(values, dtype=torch.bfloat16))
-
-
-def coded(codec, run, old, new):
-    """`run` with its payload, the way PartEncoder makes it."""
-    positions = find_positions(old, new)
-    after = new[positions]
-    run = dataclasses.replace(run, codec=codec, count=len(positions))
-    if codec == "dense":
-        run, positions, after = dataclasses.replace(run, count=len(new)), None, new
-    elif codec == "entropy":
-        changes = count_changes(old[positions], after, run.dtype)
-        model = build_model(Counts(count_elements(old, run.dtype), changes))
-        run = dataclasses.replace(run, model=model)
-    blocks = build_codec(codec).encode(run, old, positions, after)
-    assert len(blocks) == run.num_blocks
-    return dataclasses.replace(run, block_nbytes=tuple(map(len, blocks)), payload=b"".join(blocks))
 
 
 def encoded_bytes(rows_before, rows_after):
@@ -85,35 +65,6 @@ def test_tensor_bits_are_a_view_whatever_the_patterns():
     assert np.array_equal(bits, patterns.numpy().view(np.uint16))
     bits[0] = 0x7F81
     assert patterns[0] == 0x7F81
-
-
-@pytest.mark.parametrize("codec", CODECS)
-@settings(deadline=None, max_examples=60)
-@given(
-    dtype=st.sampled_from(sorted(DTYPES)),
-    num_rows=st.integers(1, 300),
-    row_elements=st.sampled_from([1, 3, 8, 65]),
-    density=st.sampled_from([0.001, 0.05, 0.5, 1.0]),
-    kind=st.sampled_from(["any", "neighbour"]),
-    bands=st.integers(1, 3),
-    seed=st.integers(0, 2**32),
-)
-def test_every_pattern_comes_back(codec, dtype, num_rows, row_elements, density, kind, bands, seed):
-    rng = np.random.default_rng(seed)
-    bits = DTYPES[dtype]
-    size, top = num_rows * row_elements, int(np.iinfo(bits).max)
-    old = rng.integers(0, top, size, bits, endpoint=True)
-    fresh = rng.integers(0, top, size, bits, endpoint=True) if kind == "any" else old + 1
-    new = np.where(rng.random(size) < density, fresh, old).astype(bits)
-    new[0] = old[0] ^ 1
-    run = Run("w", dtype, (num_rows, row_elements), 0, num_rows, block_rows=64 * bands)
-    run = coded(codec, run, old, new)
-    positions, patterns = build_codec(codec).decode(run, old)
-    live = old.copy()
-    live[slice(None) if positions is None else positions] = patterns
-    assert np.array_equal(live, new)
-    if positions is not None:
-        assert np.array_equal(positions, np.flatnonzero(old != new))
 
 
 def test_all_bf16_patterns_change_into_each_other():

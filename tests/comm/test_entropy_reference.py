@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from coded_runs import DTYPES, coded
 from gossamer.comm.codec.bits import tensor_bits
 from gossamer.comm.codec.bound import bound_bytes
 from gossamer.comm.codec.hazard import CUMULATIVE, LENGTHS, WINDOW
@@ -11,7 +12,6 @@ from gossamer.comm.run import Run
 from gossamer.comm.wire import Frame, pack_frame
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_codec import DTYPES, coded
 
 SHIFT = {"bfloat16": 7, "float16": 10, "float32": 23, "int8": 4, "uint8": 4,
          "float8_e4m3fn": 3, "int32": 24}  # fmt: skip
