@@ -1,7 +1,9 @@
 """What someone with a trainer of his own sees of a publisher."""
 
+import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -84,3 +86,32 @@ def test_other_parts_are_read_by_their_ends_alone(tmp_path):
     asked = sum(nbytes for each, nbytes in read if each == name)
     assert 0 < asked < 70_000 < log.store.size(name) / 4
     assert not any(each == part_name(0, epoch, 0, "anchor") for each, _ in read)
+
+
+def examples(name):
+    """The Python blocks of a page, as they are printed."""
+    text = (Path(__file__).parents[2] / name).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/weight-log.md"])
+def test_what_the_pages_show_works(tmp_path, page, capsys):
+    torch.manual_seed(0)
+    trained = torch.nn.Linear(40, 70)
+
+    def training():
+        for step in range(4):
+            with torch.no_grad():
+                trained.weight[step] += 1
+            yield step, trained
+
+    blocks = examples(page)
+    exec(blocks[0], {"url": tmp_path, "training": training})
+    log = WeightLog.open(tmp_path)
+    assert log.head() == 3 and torch.equal(read_state(log)["weight"], trained.weight.bfloat16())
+    for block in blocks[1:]:
+        if "Subscriber(" in block:
+            follower = torch.nn.Linear(40, 70).bfloat16()
+            exec(block, {"url": tmp_path, "model": follower})
+            assert torch.equal(follower.weight, trained.weight.bfloat16())
+            assert capsys.readouterr().out.splitlines()[-1].startswith("3 ")

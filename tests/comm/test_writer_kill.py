@@ -1,5 +1,5 @@
-"""SIGKILL before every single system call of a publish, a takeover, a collection, and before every
-line of a reader's stage and commit: whoever comes next finds the old state or the new one."""
+"""SIGKILL before every system call of a publish, a takeover, a fold and a collection, and before
+every line of a reader's stage and commit: whoever comes next finds the old state or the new one."""
 
 import builtins
 import mmap
@@ -12,12 +12,14 @@ from functools import partial
 import pytest
 import torch
 from gossamer.comm import live as live_module
+from gossamer.comm.fold import fold
 from gossamer.comm.live import LiveWeights
 from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.reader import read_state
 from gossamer.comm.retention import gc
 from gossamer.comm.subscriber import Subscriber
+from gossamer.comm.verify import verify
 from toy_weights import CONFIG, SMALL, moved, new_writer, rows_of, same_bits, toy_state, zeros
 
 CALLS = (
@@ -181,6 +183,27 @@ def test_a_collector_killed_anywhere_breaks_no_reader(tmp_path, written):
         assert log.versions() == [4] and len(log.store.list("parts/")) == 2
 
     sweep(folder, Fuse.arm_calls, lambda: gc(WeightLog.open(folder), 1, grace_s=0), check)
+
+
+def test_a_fold_that_is_killed_anywhere_is_not_there_or_whole(tmp_path, written):
+    _, _, states = written
+    folder = tmp_path / "log"
+    live, seen = LiveWeights(zeros(SMALL)), set()
+    subscriber = Subscriber(WeightLog.open(folder), live)
+    subscriber.commit(subscriber.fetch_and_stage(0))
+
+    def check(_):
+        log = WeightLog.open(folder)
+        seen.add(log.next_version(0))
+        assert Subscriber(log, live).catch_up() == 3
+        assert same_bits(live.tensors, states[3])
+        if not log.folds():
+            fold(log, 0, 3)
+        assert verify(log).faults == []
+        live.commit(live.stage(log.manifest(0), [log.read_part(log.manifest(0).anchor[0])]))
+
+    sweep(folder, Fuse.arm_calls, lambda: fold(WeightLog.open(folder), 0, 3), check)
+    assert seen == {1, 3}
 
 
 @pytest.mark.parametrize("by", ["calls", "lines"])
