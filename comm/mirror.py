@@ -21,6 +21,7 @@ from gossamer.comm.manifest import (
     manifest_name,
 )
 from gossamer.comm.store import Store
+from gossamer.comm.wire import WireError, unpack_frame
 
 PARTS_AT_ONCE = 4
 
@@ -81,7 +82,7 @@ def mirror(
                 # the source deletes what is too old for it; it was slow to come here
                 if source.newest_anchor() <= version:
                     raise
-                from_version = None
+                head, from_version = source.head(), None
                 continue
             newest = version
             tell()
@@ -131,7 +132,12 @@ class _Copy:
     def _add_part(self, ref: PartRef) -> int:
         found = self._store.size(ref.name)
         if found is None:
-            self._store.put(ref.name, self._source.read_part(ref))
+            data = self._source.read_part(ref)
+            try:
+                unpack_frame(data)
+            except WireError as error:
+                raise LogError(f"{ref.name} is {error}") from error
+            self._store.put(ref.name, data)
             return ref.nbytes
         if found != ref.nbytes:
             raise LogError(f"{ref.name} has {found} bytes in the copy, not {ref.nbytes}")

@@ -8,7 +8,6 @@ import ssl
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from http.client import HTTPConnection
 
 import pytest
@@ -18,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from gossamer.comm.store import StoreError, http, open_store, patience
 from gossamer.comm.store.serve import serve
+from scripted_server import head, scripted
 
 LARGE = bytes(range(256)) * 40_000
 IMMUTABLE = "Cache-Control: public, immutable"
@@ -35,44 +35,11 @@ def server(behind):
     started.close()
 
 
-@pytest.fixture(autouse=True)
-def little_patience(monkeypatch):
+@pytest.fixture
+def hasty(monkeypatch):
+    """What is opened in this test gives up soon."""
     monkeypatch.setenv("GOSSAMER_STORE_PATIENCE_S", "0.2")
-
-
-@contextmanager
-def scripted(*answers):
-    """A URL whose n-th request gets the n-th answer, byte for byte; the last one for ever after.
-
-    An answer that ends in None is followed by silence, any other by a hang-up.
-    """
-    left, listener = list(answers), socket.create_server(("127.0.0.1", 0))
-
-    def talk(connection):
-        while b"\r\n\r\n" in connection.recv(65536):
-            answer = left.pop(0) if len(left) > 1 else left[0]
-            connection.sendall(b"".join(piece for piece in answer if piece is not None))
-            if answer[-1] is not None:
-                break
-        connection.shutdown(socket.SHUT_RDWR)
-        connection.close()
-
-    def loop():
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=talk, args=(connection,), daemon=True).start()
-
-    threading.Thread(target=loop, daemon=True).start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    listener.shutdown(socket.SHUT_RDWR)
-    listener.close()
-
-
-def head(status, *headers):
-    return "\r\n".join([f"HTTP/1.1 {status}", *headers, "", ""]).encode()
+    monkeypatch.setattr(http, "SILENCE_S", 0.2)
 
 
 def test_a_cut_body_goes_on_where_it_stopped(behind, server):
@@ -85,9 +52,6 @@ def test_a_cut_body_goes_on_where_it_stopped(behind, server):
     assert link.passed < len(LARGE) + 500_000  # socket buffers that were lost
     link.cuts.append(1_000_000)
     assert store.get("parts/large", 5, 2_000_000) == LARGE[5:2_000_000]
-    link.cut()
-    with pytest.raises(StoreError, match=r"get parts/large failed for 0.2 s"):
-        store.get("parts/large")
     link.close()
 
 
@@ -105,7 +69,7 @@ def test_a_file_that_may_change_is_read_from_its_start(behind, server):
     link.close()
 
 
-def test_a_link_that_always_cuts_is_given_up(behind, server):
+def test_a_link_that_always_cuts_is_given_up(behind, server, hasty):
     link = BadLink(server.server_port)
     link.cuts += [200_000] * 1000
     for name in ("HEAD", "parts/large"):
@@ -113,6 +77,10 @@ def test_a_link_that_always_cuts_is_given_up(behind, server):
     store = open_store(f"http://127.0.0.1:{link.port}")
     with pytest.raises(StoreError, match="get HEAD failed for 0.2 s .*IncompleteRead"):
         store.get("HEAD")
+    link.cut()
+    with pytest.raises(StoreError, match=r"get parts/large failed for 0.2 s .*refused"):
+        store.get("parts/large")
+    link.mend()
     assert store.get("parts/large") == LARGE[:2_000_000]  # each piece is progress
     link.close()
 
@@ -174,8 +142,7 @@ def test_an_honest_answer_gives_the_exact_bytes(start, stop, answer):
 
 
 @pytest.mark.parametrize(("start", "stop", "answer", "sentence"), REFUSED)
-def test_a_lie_is_an_error(start, stop, answer, sentence, monkeypatch):
-    monkeypatch.setattr(http, "SILENCE_S", 0.2)
+def test_a_lie_is_an_error(start, stop, answer, sentence, hasty):
     with scripted(answer) as url:
         started_s = time.monotonic()
         with pytest.raises(StoreError, match=sentence):
@@ -202,8 +169,19 @@ def test_a_second_answer_must_go_on_with_the_first():
             open_store(url).get("parts/a")
 
 
-def test_a_drip_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(http, "SILENCE_S", 0.3)
+def test_bytes_that_come_late_are_not_the_next_answer():
+    forged = head("200 OK", "Content-Length: 10") + b"abcdefghij"
+    read, sent = threading.Event(), threading.Event()
+    late = [head("200 OK", "Content-Length: 10"), TEN, read.wait, forged, sent.set, None]
+    with scripted(late, [head("200 OK", "Content-Length: 10"), TEN]) as url:
+        store = open_store(url)
+        assert store.get("parts/a") == TEN
+        read.set()
+        assert sent.wait(5)
+        assert store.get("parts/a") == TEN
+
+
+def test_a_drip_is_not_waited_for(hasty):
     listener = socket.create_server(("127.0.0.1", 0))
 
     def drip():
@@ -339,7 +317,8 @@ def test_one_connection_serves_many_questions_and_many_threads_ask(server, behin
     link.close()
 
 
-def test_a_server_of_a_server(server, behind):
+def test_a_server_of_a_server(server, behind, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_STORE_PATIENCE_S", "0.2")
     behind.put("parts/large", LARGE)
     second = serve(open_store(server.url))
     store = open_store(second.url)
@@ -368,7 +347,7 @@ def own_certificate():
     return certificate.public_bytes(pem) + key.private_bytes(pem, pkcs8, clear)
 
 
-def test_over_tls(server, behind, tmp_path, monkeypatch):
+def test_over_tls(server, behind, tmp_path, monkeypatch, hasty):
     pem = tmp_path / "both.pem"
     pem.write_bytes(own_certificate())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
