@@ -7,7 +7,9 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,7 +104,7 @@ def is_killed(arm, work):
     return status != 0
 
 
-def sweep(folder, arm_of, work, check):
+def sweep(folder, arm_of, work, check, is_reader=False):
     """Kills `work` at its first step, its second, ...; `check` sees the folder after each."""
     saved = folder.with_name("saved")
     shutil.copytree(folder, saved)
@@ -113,13 +115,22 @@ def sweep(folder, arm_of, work, check):
         if not killed:
             return kills
         kills += 1
-        shutil.rmtree(folder)
-        shutil.copytree(saved, folder)
+        if not is_reader:
+            shutil.rmtree(folder)
+            shutil.copytree(saved, folder)
 
 
 @pytest.fixture
-def written(tmp_path):
-    log, writer = new_writer(tmp_path / "log")
+def folder():
+    """In memory where there is such a place: the sweeps delete a log hundreds of times."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as place:
+        yield Path(place) / "log"
+
+
+@pytest.fixture
+def written(folder):
+    log, writer = new_writer(folder)
     states = [toy_state(shapes=SMALL)]
     for step in range(4):
         writer.publish(rows_of(states[-1]), step)
@@ -146,9 +157,9 @@ def go_on(folder, live, head, state):
 
 
 @pytest.mark.parametrize("is_takeover", [False, True])
-def test_a_writer_killed_anywhere_leaves_the_old_version_or_the_new(tmp_path, written, is_takeover):
+def test_a_writer_killed_anywhere_leaves_the_old_version_or_the_new(folder, written, is_takeover):
     log, writer, states = written
-    folder, heads = tmp_path / "log", []
+    heads = []
     live = LiveWeights(zeros(SMALL))
     Subscriber(log, live).catch_up()
 
@@ -169,10 +180,9 @@ def test_a_writer_killed_anywhere_leaves_the_old_version_or_the_new(tmp_path, wr
     assert heads[-2] == 4 and kills > 30  # also killed behind the commit, and in many places
 
 
-def test_a_collector_killed_anywhere_breaks_no_reader(tmp_path, written):
+def test_a_collector_killed_anywhere_breaks_no_reader(folder, written):
     _, writer, states = written
     writer.publish(rows_of(states[4]), 4)
-    folder = tmp_path / "log"
 
     def check(_):
         log = WeightLog.open(folder)
@@ -185,9 +195,8 @@ def test_a_collector_killed_anywhere_breaks_no_reader(tmp_path, written):
     sweep(folder, Fuse.arm_calls, lambda: gc(WeightLog.open(folder), 1, grace_s=0), check)
 
 
-def test_a_fold_that_is_killed_anywhere_is_not_there_or_whole(tmp_path, written):
+def test_a_fold_that_is_killed_anywhere_is_not_there_or_whole(folder, written):
     _, _, states = written
-    folder = tmp_path / "log"
     live, seen = LiveWeights(zeros(SMALL)), set()
     subscriber = Subscriber(WeightLog.open(folder), live)
     subscriber.commit(subscriber.fetch_and_stage(0))
@@ -207,12 +216,9 @@ def test_a_fold_that_is_killed_anywhere_is_not_there_or_whole(tmp_path, written)
 
 
 @pytest.mark.parametrize("by", ["calls", "lines"])
-def test_a_reader_killed_anywhere_harms_nobody_and_its_heir_heals_torn_tensors(
-    tmp_path, written, by
-):
+def test_a_reader_killed_anywhere_harms_nobody_and_its_heir_heals_torn_tensors(folder, written, by):
     _, writer, states = written
     writer.publish(rows_of(states[4]), 4)  # with an anchor, where the heir begins
-    folder = tmp_path / "log"
     shared = {}
     for name, shape in SMALL.items():  # memory that outlives the reader
         size = torch.Size(shape).numel()
@@ -243,5 +249,5 @@ def test_a_reader_killed_anywhere_harms_nobody_and_its_heir_heals_torn_tensors(
         for name, values in states[3].items():
             shared[name].copy_(values)
 
-    sweep(folder, arm, subscriber.catch_up, check)
+    sweep(folder, arm, subscriber.catch_up, check, is_reader=True)
     assert seen == ({"old", "new"} if by == "calls" else {"old", "torn", "new"})
