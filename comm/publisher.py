@@ -119,7 +119,8 @@ class Publisher:
         `weights` are whole tensors by name, in the dtypes that readers are to hold, or this part's
         rows. Raises StaleWriterError when another writer took the log, PartTimeoutError when a part
         or the manifest stays away, ValueError for rows that are not those of the last version.
-        A version that was put but not committed stays open: go on with a new writer epoch.
+        A version that was put but not committed stays open: publish the same again, or go on with
+        a new writer epoch.
         """
         rows = _Timed(_rows_of(weights) if isinstance(weights, Mapping) else weights)
         clock = _Clock()
@@ -207,10 +208,11 @@ class Publisher:
         refs = {}
         for kind, data in frames.items():
             name = part_name(version, self._epoch, self._part, kind)
-            if not self._log.store.put(name, data):
+            # the same bytes are those of a call that failed later on, and is made again
+            if not self._log.store.put(name, data) and self._log.store.get(name) != data:
                 raise StaleWriterError(
                     f"{name} exists already: writer epoch {self._epoch} left version {version} "
-                    "open, go on with a new one"
+                    "open with other weights, go on with a new one"
                 )
             refs[kind] = PartRef(name, len(data), frame_digest(data))
         return refs

@@ -156,6 +156,8 @@ def test_a_part_that_stays_away_is_named(tmp_path):
         parts[0].publish(rows_of(toy_state(), 0, 3), 0)
     assert log.head() is None
     with pytest.raises(StaleWriterError, match="p1.anchor exists already: .* left version 0 open"):
+        parts[1].publish(rows_of(toy_state(1), 1, 3), 0)
+    with pytest.raises(PartTimeoutError):  # the same again may go on, once all are there
         parts[1].publish(rows_of(toy_state(), 1, 3), 0)
 
 
@@ -244,6 +246,28 @@ def test_a_store_that_fails_moves_no_base(tmp_path):
     assert log.head() == 0
     assert writer.publish(rows_of(after), 1).version == 1
     assert same_bits(read_state(log), after)
+
+
+@pytest.mark.parametrize("broken", ["delta", "anchor", "manifest"])
+def test_a_publish_that_failed_may_be_made_again(tmp_path, broken):
+    log, writer = new_writer(tmp_path, replace(CONFIG, anchor_every_versions=1))
+    state, put = toy_state(), log.store.put
+    writer.publish(rows_of(state), 0)
+    state = moved(state, 0.1, 1)
+
+    def failing(name, data, overwrite=False):
+        if broken in name:
+            raise OSError("the store is away")
+        return put(name, data, overwrite)
+
+    for _ in range(2):
+        log.store.put = failing
+        with pytest.raises(OSError, match="the store is away"):
+            writer.publish(rows_of(state), 1)
+        assert log.head() == 0
+    log.store.put = put
+    assert writer.publish(rows_of(state), 1).version == 1
+    assert same_bits(read_state(log), state)
 
 
 def test_a_part_may_be_empty_and_a_version_without_a_change(tmp_path):
