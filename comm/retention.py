@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from gossamer.comm.log import WeightLog
@@ -39,13 +40,17 @@ class Swept:
 
 
 def gc(
-    log: WeightLog, keep_versions: int, keep_anchors: int = 1, grace_s: float = 3600.0
+    log: WeightLog,
+    keep_versions: int,
+    keep_anchors: int = 1,
+    grace_s: float = 3600.0,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Swept | None:
     """Keeps the newest `keep_versions` versions and `keep_anchors` anchors, and all between.
 
     Deletes older manifests, the parts of those that an earlier pass deleted at least `grace_s` ago,
     and parts that were put but never committed. None for an empty log. May be killed anywhere and
-    run again.
+    run again. `on_progress(done, total)` counts manifests, then parts.
     """
     if min(keep_versions, keep_anchors) < 1 or grace_s < 0:
         raise ValueError(
@@ -59,13 +64,17 @@ def gc(
     # oldest first: a pass that is killed leaves no hole
     stale = [manifest_name(version) for version in log.versions() if version < floor]
     stale += [fold_name(first, last) for first, last in log.folds() if last < floor]
-    for name in stale:
-        log.store.delete(name)
+    _delete(log, stale, on_progress)
     swept_to = _swept_to(log, floor, grace_s)
     parts, waiting = _dead_parts(log, head, floor, swept_to)
-    for name in parts:
-        log.store.delete(name)
+    _delete(log, parts, on_progress)
     return Swept(floor, len(stale), len(parts), waiting)
+
+
+def _delete(log: WeightLog, names: list[str], on_progress: Callable[[int, int], None]) -> None:
+    for done, name in enumerate(names, 1):
+        log.store.delete(name)
+        on_progress(done, len(names))
 
 
 def _floor(log: WeightLog, head: int, keep_versions: int, keep_anchors: int) -> int:
@@ -89,6 +98,8 @@ def _swept_to(log: WeightLog, floor: int, grace_s: float) -> int:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         floors = {}
     now_s = time.time()
+    # never beyond what is kept now, whatever the file says
+    floors = {at: since_s for at, since_s in floors.items() if at <= floor}
     floors.setdefault(floor, now_s)
     over = max((at for at, since_s in floors.items() if now_s - since_s >= grace_s), default=0)
     kept = sorted((at, since_s) for at, since_s in floors.items() if at >= over)

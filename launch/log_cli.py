@@ -125,8 +125,11 @@ def _fold(arguments: argparse.Namespace) -> None:
 
 def _gc(arguments: argparse.Namespace) -> None:
     from gossamer.comm.retention import gc
+    from gossamer.launch.meter import Meter
 
-    swept = gc(_open(arguments), arguments.keep_versions, arguments.keep_anchors, arguments.grace_s)
+    kept = (arguments.keep_versions, arguments.keep_anchors, arguments.grace_s)
+    with Meter("deleting") as meter:
+        swept = gc(_open(arguments), *kept, meter)
     if swept is None:
         print("the log is empty")
         return

@@ -211,6 +211,14 @@ def test_readers_beside_a_collector_are_never_wrong(tmp_path, seed):
     assert faults == []
 
 
+@pytest.mark.parametrize("text", ['{"floors": [[99, 0.0], [7, 0.0]]}', '{"floors": 3}', "[", "{}"])
+def test_a_note_that_cannot_be_right_deletes_nothing(tmp_path, text):
+    log, states = write(tmp_path, 7)
+    (tmp_path / "gc.json").write_text(text)
+    assert gc(log, 1, grace_s=60) == Swept(4, 4, 0, 4)
+    assert same_bits(read_state(WeightLog.open(tmp_path)), states[6])
+
+
 def test_an_empty_log_and_a_wrong_wish(tmp_path):
     log = WeightLog.open(tmp_path, create=True)
     assert gc(log, 1) is None
