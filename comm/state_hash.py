@@ -11,7 +11,7 @@ import hashlib
 import json
 
 import numpy as np
-from gossamer.comm.codec.kernels import compiled, inlined
+from gossamer.comm.codec.kernels import compiled
 from gossamer.comm.run import Run
 from numba import uint64 as u64
 
@@ -49,7 +49,7 @@ def format_hash(total: int) -> str:
     return f"{total & MASK_64:016x}"
 
 
-@inlined
+@compiled
 def _mixed(word):  # noqa: ANN001, ANN202
     """The splitmix64 finaliser."""
     word = (word ^ (word >> u64(31))) * u64(MIX_1)

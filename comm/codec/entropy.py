@@ -2,7 +2,7 @@
 
 The one idea: sender and receiver walk over the same old values, so every element's probability of
 changing is known to both before the first bit is read (hazard.py), and a change costs what it
-surprises. The loops are in kernels.py, the format in wire.py.
+surprises. The loops are in coder.py, the format in wire.py.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
-from gossamer.comm.codec.elements import class_of_prefix, element_shape
-from gossamer.comm.codec.hazard import CUMULATIVE, GUIDE, LENGTHS
-from gossamer.comm.codec.kernels import (
+from gossamer.comm.codec.coder import (
     BAD_END,
     BAD_STEP,
-    NUM_STEP_SYMBOLS,
     TOO_MANY,
     code_symbols,
     decode_block,
     list_symbols,
 )
+from gossamer.comm.codec.elements import class_of_prefix, element_shape
+from gossamer.comm.codec.hazard import CUMULATIVE, GUIDE, LENGTHS
+from gossamer.comm.codec.kernels import NUM_STEP_SYMBOLS
 from gossamer.comm.run import Model, Run, WireError
 
 FAULTS = {

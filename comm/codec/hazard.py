@@ -13,7 +13,7 @@ over the line, so that even the shortest element far out has a piece of its own.
 
 from __future__ import annotations
 
-from math import isqrt, log1p, log2
+from math import isqrt
 
 import numpy as np
 
@@ -47,12 +47,10 @@ _STARTS = np.arange(1 << (SCALE_BITS - GUIDE_SHIFT), dtype=np.int64) << GUIDE_SH
 GUIDE = (np.searchsorted(CUMULATIVE, _STARTS, "right") - 1).astype(np.int32)
 
 
-def length_code(num_changed: int, num_elements: int) -> int:
-    """Index in LENGTHS of the length nearest to that of `num_changed` in `num_elements`."""
-    if num_changed == 0:
-        return 0
-    p = min(num_changed / num_elements, 1 - 2.0**-6)
-    units = min(max(-log1p(-p) / log1p(1) * 2.0**OCTAVE_BITS, LENGTHS[1]), LENGTHS[-1])
-    above = int(np.searchsorted(LENGTHS, units))
-    below = max(above - 1, 1)
-    return below if log2(units / LENGTHS[below]) < log2(LENGTHS[above] / units) else above
+def length_codes(num_changed: np.ndarray, num_elements: np.ndarray) -> np.ndarray:
+    """Index in LENGTHS of the length nearest to that of `num_changed` in `num_elements`, each."""
+    p = np.minimum(num_changed / np.maximum(num_elements, 1), 1 - 2.0**-6)
+    units = np.clip(-np.log2(1 - p) * 2.0**OCTAVE_BITS, LENGTHS[1], LENGTHS[-1])
+    above = np.maximum(np.searchsorted(LENGTHS, units), 2)
+    nearest = above - (units * units < LENGTHS[above - 1] * LENGTHS[above])
+    return np.where(num_changed > 0, nearest, 0)

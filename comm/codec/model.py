@@ -13,7 +13,7 @@ from functools import lru_cache, reduce
 
 import numpy as np
 from gossamer.comm.codec.elements import class_of_prefix, element_shape, num_classes
-from gossamer.comm.codec.hazard import LENGTHS, OCTAVE_BITS, length_code
+from gossamer.comm.codec.hazard import LENGTHS, OCTAVE_BITS, length_codes
 from gossamer.comm.codec.kernels import (
     DIRECT_STEPS,
     NUM_STEP_SYMBOLS,
@@ -67,9 +67,9 @@ def build_model(counts: Counts) -> Model:
     changed = steps.sum(axis=1)
     return Model(
         first=first,
-        lengths=tuple(map(length_code, changed.tolist(), elements.tolist())),
+        lengths=tuple(length_codes(changed, elements).tolist()),
         counts=tuple(changed.tolist()),
-        steps=tuple(map(_frequencies, steps)),
+        steps=_frequencies(steps),
     )
 
 
@@ -154,13 +154,13 @@ def _cheaper(counts: Counts, shared: Model) -> Model:
     return own if saved > entry_bits(own) else shared
 
 
-def _frequencies(counts: np.ndarray) -> tuple[int, ...]:
-    """Counts scaled to add up to 4096, at least 1 where there is one; () where there is none."""
-    total = int(counts.sum())
-    if total == 0:
-        return ()
-    counts = counts[: np.flatnonzero(counts)[-1] + 1]
-    scaled = np.maximum((counts << STEP_BITS) // total, counts > 0)
+def _frequencies(steps: np.ndarray) -> tuple[tuple[int, ...], ...]:
+    """Rows scaled to add up to 4096, at least 1 where there is a change; zeros at the end cut."""
+    totals = steps.sum(axis=1, keepdims=True)
+    scaled = np.maximum((steps << STEP_BITS) // np.maximum(totals, 1), steps > 0)
     # what rounding left over or took goes where it weighs least
-    scaled[np.argmax(scaled)] += (1 << STEP_BITS) - scaled.sum()
-    return tuple(scaled.tolist())
+    rows = np.arange(len(steps))
+    scaled[rows, scaled.argmax(axis=1)] += ((totals > 0) << STEP_BITS)[:, 0] - scaled.sum(axis=1)
+    used = NUM_STEP_SYMBOLS - (scaled[:, ::-1] > 0).argmax(axis=1)
+    used[totals[:, 0] == 0] = 0
+    return tuple(tuple(row[:n]) for row, n in zip(scaled.tolist(), used.tolist(), strict=True))
