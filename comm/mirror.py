@@ -78,7 +78,7 @@ def mirror(
                 for nbytes in copy.add(version, pool):
                     copied_bytes += nbytes
                     tell()
-            except GoneError:
+            except (GoneError, FileNotFoundError):
                 # the source deletes what is too old for it; it was slow to come here
                 if source.newest_anchor() <= version:
                     raise
@@ -110,7 +110,7 @@ class _Copy:
             return from_version
         if newest is not None and self._source.is_committed(newest + 1):
             return newest + 1
-        anchor = self._source.newest_anchor(head)
+        anchor = self._source.newest_anchor()
         if newest is not None and anchor <= newest:
             raise LogError(f"{manifest_name(newest + 1)} is missing from {self._source.url}")
         return anchor

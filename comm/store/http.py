@@ -25,6 +25,7 @@ TOKEN_VARIABLE = "GOSSAMER_LOG_TOKEN"
 SILENCE_S = 30.0
 CHUNK_BYTES = 1 << 18
 TRANSIENT = {408, 425, 429}
+NUMBER = r"([0-9]{1,18})"
 
 
 class HttpStore:
@@ -58,9 +59,9 @@ class HttpStore:
         body = self._whole(f"the list of {prefix!r}", target, 0, None)
         try:
             names = json.loads(body)
-            if not all(name.startswith(prefix) for name in names):
-                raise ValueError(f"names that do not begin with {prefix}")
-        except (ValueError, TypeError, AttributeError) as error:
+            if not isinstance(names, list) or not all(each.startswith(prefix) for each in names):
+                raise ValueError(f"expected a list of names that begin with {prefix!r}")
+        except (ValueError, AttributeError, RecursionError) as error:
             raise StoreError(f"store {self.url} lists no names: {error}") from error
         return sorted(names)
 
@@ -121,7 +122,7 @@ class HttpStore:
             end = length if stop is None else min(stop, length)
             return length, begin if begin < end else 0, max(0, end - begin)
         said = answer.getheader("Content-Range", "")
-        match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", said)
+        match = re.fullmatch(rf"bytes {NUMBER}-{NUMBER}/{NUMBER}", said)
         first, last, size = map(int, match.groups()) if match else (-1, -1, -1)
         end = size if stop is None else min(stop, size)
         if (first, last + 1, length) != (begin, end, end - begin):
@@ -133,12 +134,13 @@ class HttpStore:
 
     @staticmethod
     def _ends_before(answer: HTTPResponse, begin: int) -> bool:
-        said = re.fullmatch(r"bytes \*/(\d+)", answer.getheader("Content-Range", ""))
+        said = re.fullmatch(rf"bytes \*/{NUMBER}", answer.getheader("Content-Range", ""))
         return said is not None and int(said[1]) <= begin
 
     def _length(self, answer: HTTPResponse, name: str) -> int:
         length = answer.getheader("Content-Length", "")
-        if answer.chunked or not length.isdecimal() or answer.getheader("Content-Encoding"):
+        is_told = re.fullmatch(NUMBER, length) and not answer.chunked
+        if not is_told or answer.getheader("Content-Encoding"):
             raise StoreError(f"store {self.url} must say how many bytes {name} has, uncoded")
         return int(length)
 
@@ -146,40 +148,34 @@ class HttpStore:
     def _answer(
         self, method: str, target: str, headers: dict[str, str], name: str
     ) -> Iterator[HTTPResponse]:
-        """A response of status 200, 206 or 416. Raises Unanswered for what may pass."""
-        connection = self._connection()
-        may_change = False
+        """A response of status 200; to a Range also 206 and 416. Raises Unanswered and others."""
+        connection, answer, may_change = self._connection(), None, False
         try:
             connection.request(method, target, headers=headers | _authorization())
             answer = connection.getresponse()
-            self._check_status(answer, name)
+            if answer.status != 200 and not ("Range" in headers and answer.status in (206, 416)):
+                raise self._refusal(answer, name)
             may_change = "immutable" not in answer.getheader("Cache-Control", "")
             yield answer
-            answer.read(0)  # closes an answer without a body
-            if not answer.isclosed():
-                connection.close()  # what is left of a body must not meet the next question
         except (StoreError, FileNotFoundError):
-            connection.close()
             raise
         except (OSError, HTTPException) as error:
             connection.close()
             said = f"{type(error).__name__} {error}".rstrip()
             raise Unanswered(said, from_start=may_change) from error
-        except BaseException:
-            connection.close()
-            raise
+        finally:
+            if answer is None or answer.chunked or answer.read(0) or not answer.isclosed():
+                connection.close()  # what is left of a body must not meet the next question
 
-    def _check_status(self, answer: HTTPResponse, name: str) -> None:
-        if answer.status in (200, 206, 416):
-            return
+    def _refusal(self, answer: HTTPResponse, name: str) -> Exception:
         if answer.status == 404:
-            raise FileNotFoundError(f"{name} is missing from store {self.url}")
+            return FileNotFoundError(f"{name} is missing from store {self.url}")
         said = f"{answer.status} {answer.reason}"
         if answer.status in TRANSIENT or answer.status >= 500:
-            raise Unanswered(said)
+            return Unanswered(said)
         if answer.status in (401, 403):
             said += f"; {TOKEN_VARIABLE} must hold the server's"
-        raise StoreError(f"store {self.url} refuses {name}: {said}")
+        return StoreError(f"store {self.url} refuses {name}: {said}")
 
     def _connection(self) -> HTTPConnection:
         kept: HTTPConnection | None = getattr(self._kept, "connection", None)

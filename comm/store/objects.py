@@ -20,7 +20,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, GenericError, Prec
 
 T = TypeVar("T")
 
-TOKEN = "gossamer-put"
+TOKEN = "gossamerput"  # Azure takes no dash
 SILENCE_S = 30.0
 SLOWEST_PUT_BYTES_PER_S = 125_000
 CHUNK_BYTES = 1 << 20
@@ -30,6 +30,9 @@ ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 
 # no answer at all, or one that says: too slow, two at once, too many, not now
 TRANSIENT = re.compile(r"^(?!.*status code)|status code: (408|409|429|5\d\d)")
+
+# a range that begins at the file's end: S3 refuses, Azure answers and object_store objects
+BEYOND_END = re.compile("status code: 416|Wanted range starting at")
 
 
 class ObjectStore:
@@ -88,8 +91,8 @@ class ObjectStore:
             try:
                 yield from self._body(name, start + done, stop, e_tags)
             except (BaseError, FileNotFoundError) as error:
-                if "status code: 416" in str(error) and not done:
-                    return  # the file ends before `start`
+                if not done and BEYOND_END.search(str(error)):
+                    return
                 raise _told(error, name, self.url) from error
 
         return read_on(f"store {self.url}: get {name}", self._patience_s, body_from)
@@ -182,6 +185,6 @@ def _told(error: Exception, what: str, url: str) -> Exception:
 def _sentence(error: Exception) -> str:
     """The first line of an obstore error, and what the server said in its XML."""
     text = str(error)
-    said = re.search(r"<Message>(.*?)</Message>", text)
+    said = re.search(r"<Message>(.*?)(</Message>|\n)", text)
     line = text.partition("\n")[0].partition("<?xml")[0] + (said[1] if said else "")
     return re.sub(r".*Error performing (\w+ \S+) in \S+ - ", r"\1: ", line)

@@ -140,7 +140,7 @@ def test_each_frame_crosses_once_while_three_read(written, tmp_path):
     source = WeightLog.open(far.url)
     source.store = counted = CountingStore(source.store)
     near_store = open_store(tmp_path / "near", create=True)
-    stop, last = threading.Event(), 20
+    stop, last = threading.Event(), 14
     how = {"follow": True, "poll_s": 0.01, "stop": stop}
     copier = threading.Thread(target=mirror, args=(source, near_store), kwargs=how)
     copier.start()

@@ -80,11 +80,11 @@ def test_pieces_of_two_versions_are_never_joined(store, link, monkeypatch):
 
 def test_a_silent_store_is_given_up(store, server, monkeypatch):
     store.put("a", b"1")
-    monkeypatch.setattr(objects, "SILENCE_S", 0.3)
-    monkeypatch.setenv("GOSSAMER_STORE_PATIENCE_S", "0.5")
+    monkeypatch.setattr(objects, "SILENCE_S", 0.2)
+    monkeypatch.setenv("GOSSAMER_STORE_PATIENCE_S", "0.2")
     with server.held():
         for call in (lambda s: s.get("a"), lambda s: s.put("b", b""), lambda s: s.size("a")):
-            with pytest.raises(StoreError, match=r"failed for 0.5 s \(GOSSAMER_STORE_PATIENCE_S\)"):
+            with pytest.raises(StoreError, match=r"failed for 0.2 s \(GOSSAMER_STORE_PATIENCE_S\)"):
                 call(open_store(store.url))
 
 
