@@ -41,8 +41,8 @@ from gossamer.comm.wire import WIRE_VERSION, frame_digest, frame_signature
 if TYPE_CHECKING:
     from gossamer.comm.signing import Signer, Verifier
 
-# enough for a late joiner to walk to the head without reading one twice
-CACHED_MANIFESTS = 1024
+# enough for a reader that lags to walk to the head without reading one twice
+CACHED_MANIFESTS = 1 << 14
 
 
 class StaleWriterError(LogError):
