@@ -126,6 +126,8 @@ class LiveWeights:
         }
         self._sums = dict.fromkeys(tensors, 0)
         self._undo: tuple[Staged, tuple] | None = None
+        # bit patterns by name, and the tensor that they are a view on: a look costs little
+        self._views: dict[str, tuple[tuple, np.ndarray]] = {}
         for name in tensors:
             self._bits(name)
 
@@ -218,15 +220,20 @@ class LiveWeights:
     def _bits(self, name: str) -> np.ndarray:
         """Flat bit patterns of a live tensor, which must still be what it was."""
         tensor, known = self.tensors[name], self._kinds[name]
+        seen, bits = self._views.get(name, (None, None))
+        if seen == (tensor.data_ptr(), tensor.dtype, tensor.shape):
+            return bits
         if (dtype_name(tensor.dtype), tuple(tensor.shape)) != known:
             raise ApplyError(
                 f"live tensor {name} became {dtype_name(tensor.dtype)} {tuple(tensor.shape)}; "
                 f"it was {known[0]} {known[1]}"
             )
         try:
-            return tensor_bits(tensor)
+            bits = tensor_bits(tensor)
         except ValueError as error:
             raise ApplyError(f"live tensor {name}: {error}") from error
+        self._views[name] = (tensor.data_ptr(), tensor.dtype, tensor.shape), bits
+        return bits
 
     def _exchange(self, changes: list[Change]) -> None:
         """Swaps `changes` with what is live; on failure swaps back and re-raises."""

@@ -1,3 +1,4 @@
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -291,3 +292,25 @@ def test_an_anchor_heals_live_tensors(log, states):
     Subscriber(log, live).catch_up()
     assert same_bits(live.tensors, states[2])
     assert set(live.tensors) == set(SHAPES)
+
+
+def test_a_receiver_holds_no_second_model(tmp_path):
+    """Peak memory of stage and commit against the model's bytes: an anchor, then 1 % changed."""
+    shape, names = (2048, 512), [f"layers.{i}.w" for i in range(8)]
+    generator = torch.Generator().manual_seed(0)
+    masters = {name: torch.randn(shape, generator=generator) * 0.02 for name in names}
+    log, writer = new_writer(tmp_path)
+    writer.publish({name: values.bfloat16() for name, values in masters.items()}, 0)
+    for values in masters.values():
+        values += 2.5e-7 * torch.randn(shape, generator=generator)
+    published = writer.publish({name: values.bfloat16() for name, values in masters.items()}, 1)
+    assert 0.005 < published.num_changed / published.num_elements < 0.02
+    live = LiveWeights({name: torch.zeros(shape, dtype=torch.bfloat16) for name in names})
+    for version, kind, most in ((0, "anchor", 0.3), (1, "delta", 0.1)):
+        frames = frames_of(log, version, kind)
+        tracemalloc.start()
+        live.commit(live.stage(log.manifest(version), frames))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak_bytes < most * published.full_bytes
+    assert live.audit() == log.manifest(1).state_hash
