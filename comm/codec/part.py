@@ -26,6 +26,12 @@ from gossamer.comm.codec.model import (
     count_elements,
     entry_bits,
 )
+from gossamer.comm.device import (
+    find_changed_on_device,
+    integer_view,
+    is_on_device,
+    write_on_device,
+)
 from gossamer.comm.run import BLOCK_ROWS, DTYPE_BYTES, Model, Run
 from gossamer.comm.state_hash import MASK_64, hash_change, hash_elements, run_seed
 
@@ -46,7 +52,7 @@ class Rows:
     """Of the whole tensor."""
     row_start: int
     values: torch.Tensor
-    """[n, *shape[1:]] in the publish dtype, CPU, contiguous; a vector whole, [shape[0]]."""
+    """[n, *shape[1:]] in the publish dtype, contiguous; a vector whole, [shape[0]]."""
 
 
 @dataclass(slots=True)
@@ -84,6 +90,8 @@ class _Change:
     after: np.ndarray
     counts: Counts | None = None
     hash_gain: int = 0
+    on_device: torch.Tensor | None = None
+    """`after`, where the rows lie on a device."""
 
 
 @dataclass(slots=True)
@@ -95,6 +103,8 @@ class _Base:
     """Old values by class."""
     dense_nbytes: int
     """Of the run when it was last sent whole."""
+    on_device: torch.Tensor | None = None
+    """The same bits where the rows lie, to compare there."""
 
 
 class PartEncoder:
@@ -119,19 +129,26 @@ class PartEncoder:
         part, started_s = EncodedPart(), time.perf_counter()
         unseen = set(self._base)
 
-        def look(each: tuple[Run, np.ndarray]) -> tuple[Run | None, _Change | None]:
-            run, new = each
-            anchor = self._dense(run, new) if with_anchor else None
-            return anchor, self._find(run, new) if with_delta else _Change(run, None, new.copy())
+        def look(each: tuple[Run, torch.Tensor]) -> tuple[tuple[Run, int] | None, _Change | None]:
+            run, values = each
+            anchor = None
+            if with_anchor or not with_delta:
+                new = tensor_bits(values.cpu())
+            if with_anchor:
+                anchor = self._dense(run, new), hash_elements(new, run_seed(run))
+            if with_delta:
+                return anchor, self._find(run, values)
+            on_device = integer_view(values).clone() if is_on_device(values) else None
+            return anchor, _Change(run, None, new.copy(), on_device=on_device)
 
         runs = (each for one in rows for each in _runs_of(one))
-        for (run, new), (anchor, change) in self._in_order(look, runs):
+        for (run, values), (anchor, change) in self._in_order(look, runs):
             unseen.discard(_key(run))
-            part.num_elements += len(new)
-            part.full_bytes += new.nbytes
+            part.num_elements += run.num_elements
+            part.full_bytes += values.nbytes
             if anchor is not None:
-                part.anchor.append(anchor)
-                part.anchor_gain += hash_elements(new, run_seed(run))
+                part.anchor.append(anchor[0])
+                part.anchor_gain += anchor[1]
             if change is None:
                 part.num_empty += 1
             else:
@@ -155,24 +172,30 @@ class PartEncoder:
             base = self._base.get(key)
             if base is None or change.positions is None:
                 elements = count_elements(change.after, dtype)
-                self._base[key] = _Base(change.after, elements, sizes.get(key, change.after.nbytes))
+                dense_nbytes = sizes.get(key, change.after.nbytes)
+                self._base[key] = _Base(change.after, elements, dense_nbytes, change.on_device)
                 continue
             assert change.counts is not None
             base.elements += count_elements(change.after, dtype)
             base.elements -= change.counts.steps.sum(axis=1)
             base.bits[change.positions] = change.after
             base.dense_nbytes = sizes.get(key, base.dense_nbytes)
+            if base.on_device is not None:
+                write_on_device(base.on_device, change.positions, change.after)
 
-    def _find(self, run: Run, new: np.ndarray) -> _Change | None:
+    def _find(self, run: Run, values: torch.Tensor) -> _Change | None:
         """What of a run changed, None where nothing did."""
         base = self._base.get(_key(run))
-        if base is None or len(base.bits) != len(new):
+        if base is None or len(base.bits) != values.numel():
             raise ValueError(
                 f"{run.num_rows} rows of {run.name} from {run.row_start} on were not published "
                 f"as {run.dtype} of {run.shape} before"
             )
-        old = base.bits
-        positions, before, after = find_changed(old, new)
+        if base.on_device is None:
+            positions, before, after = find_changed(base.bits, tensor_bits(values.cpu()))
+        else:
+            found = find_changed_on_device(base.on_device, integer_view(values))
+            positions, before, after = found
         if len(positions) == 0:
             return None
         counts = Counts(base.elements, count_changes(before, after, run.dtype))
@@ -263,8 +286,8 @@ def _bands(num_rows: int) -> int:
     return -(-num_rows // BLOCK_ROWS) * BLOCK_ROWS
 
 
-def _runs_of(rows: Rows) -> Iterator[tuple[Run, np.ndarray]]:
-    """Runs of bounded size, without blocks as yet, and their bit patterns (views)."""
+def _runs_of(rows: Rows) -> Iterator[tuple[Run, torch.Tensor]]:
+    """Runs of bounded size, without blocks as yet, and their flat values (views)."""
     shape, values = tuple(rows.shape), rows.values
     dtype = dtype_name(values.dtype)
     is_vector = len(shape) < 2
@@ -282,13 +305,14 @@ def _runs_of(rows: Rows) -> Iterator[tuple[Run, np.ndarray]]:
             f"are not rows of {shape}"
         )
     try:
-        patterns = tensor_bits(values)
+        integer_view(values)
     except ValueError as error:
         raise ValueError(f"{rows.name}: {error}") from error
     num_rows = 1 if is_vector else len(values)
-    row_elements = len(patterns) // num_rows
+    flat = values.detach().reshape(-1)
+    row_elements = len(flat) // num_rows
     most = max(1, MAX_RUN_ELEMENTS // (row_elements * BLOCK_ROWS)) * BLOCK_ROWS
     for first in range(0, num_rows, most):
         stop = min(first + most, num_rows)
         run = Run(rows.name, dtype, shape, rows.row_start + first, stop - first)
-        yield run, patterns[first * row_elements : stop * row_elements]
+        yield run, flat[first * row_elements : stop * row_elements]
