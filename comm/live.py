@@ -220,9 +220,9 @@ class LiveWeights:
     def _bits(self, name: str) -> np.ndarray:
         """Flat bit patterns of a live tensor, which must still be what it was."""
         tensor, known = self.tensors[name], self._kinds[name]
-        seen, bits = self._views.get(name, (None, None))
-        if seen == (tensor.data_ptr(), tensor.dtype, tensor.shape):
-            return bits
+        view = self._views.get(name)
+        if view and view[0] == (tensor.data_ptr(), tensor.dtype, tensor.shape):
+            return view[1]
         if (dtype_name(tensor.dtype), tuple(tensor.shape)) != known:
             raise ApplyError(
                 f"live tensor {name} became {dtype_name(tensor.dtype)} {tuple(tensor.shape)}; "

@@ -84,7 +84,7 @@ def list_symbols(old, lo, hi, positions, after, lengths, class_of, steps, shape,
                 sizes[count] = SCALE - starts[count]
                 scales[count] = SCALE_BITS
                 count += 1
-                length = 0
+                length = np.int64(0)
         before_it = length
         for i in range(at, target):
             before_it += lengths[u64(old[i]) >> shift]
