@@ -9,22 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 # axes: E experts, F expert width, D hidden size
 FUSED = {".experts.gate_up_proj": ("gate_proj", "up_proj"), ".experts.down_proj": ("down_proj",)}
+RENAMED = {
+    "mixtral": (
+        (".mlp.", ".block_sparse_moe."),
+        (".gate_proj.", ".w1."),
+        (".up_proj.", ".w3."),
+        (".down_proj.", ".w2."),
+    )
+}
+"""By model type: parts of names that are others in the model than in its checkpoints."""
+KEPT_FLOAT32 = (".e_score_correction_bias",)
+"""Ends of names of what is never rounded: a routing bias moves by steps that bfloat16 loses."""
+
+
+def published_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of tensor `name` in a log or checkpoint whose weights have `dtype`."""
+    return torch.float32 if name.endswith(KEPT_FLOAT32) else dtype
 
 
 def logical_views(
-    named_parameters: Iterable[tuple[str, Tensor]], expert_offset: int = 0
+    named_parameters: Iterable[tuple[str, Tensor]], expert_offset: int = 0, model_type: str = ""
 ) -> dict[str, Tensor]:
-    """Detached views on `named_parameters` under their checkpoint names.
+    """Detached views on `named_parameters` under the checkpoint names of `model_type`.
 
     `...experts.gate_up_proj` [E, 2F, D] becomes `...experts.{e}.gate_proj.weight` [F, D] and
     `...experts.{e}.up_proj.weight` [F, D]; `...experts.down_proj` [E, D, F] becomes
     `...experts.{e}.down_proj.weight` [D, F], with e counted from `expert_offset` (the first logical
-    expert this rank holds). Every other tensor keeps its own name. Gradients work as well as
-    weights. Raises ValueError for fused experts in another layout.
+    expert this rank holds); Mixtral has names of its own. Every other tensor keeps its own name.
+    Gradients work as well as weights. Raises ValueError for fused experts in another layout.
     """
     views: dict[str, Tensor] = {}
     for name, tensor in named_parameters:
@@ -41,4 +58,11 @@ def logical_views(
         for e, expert in enumerate(tensor.detach(), start=expert_offset):
             for projection, matrix in zip(projections, expert.chunk(len(projections)), strict=True):
                 views[f"{stem}.{e}.{projection}.weight"] = matrix
-    return views
+    return {checkpoint_name(name, model_type): view for name, view in views.items()}
+
+
+def checkpoint_name(name: str, model_type: str) -> str:
+    """The name that checkpoints of `model_type` give to the model's tensor `name`."""
+    for ours, theirs in RENAMED.get(model_type, ()):
+        name = name.replace(ours, theirs)
+    return name

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from gossamer.comm.live import CommitStats, LiveWeights, Staged
 from gossamer.comm.log import WeightLog
-from gossamer.comm.names import logical_views
+from gossamer.comm.names import logical_views, published_dtype
 from gossamer.comm.rollout import Request, Sample, VersionSpan
 from gossamer.comm.subscriber import Subscriber
 from torch import Tensor
@@ -60,6 +60,8 @@ class HFEngine:
                 attn_implementation=attn_implementation,
                 experts_implementation=experts_implementation,
             ).eval()
+        for name, buffer in self._model.named_buffers():
+            buffer.data = buffer.data.to(published_dtype(name, buffer.dtype))
         self._live = LiveWeights(live_tensors(self._model))
         self._subscriber = Subscriber(log, self._live)
         self._staged: Staged | None = None
@@ -203,7 +205,8 @@ def live_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     # not the state dict itself: it names a tied weight twice, and a delta applies once
     saved = model.state_dict().keys()
     buffers = ((name, b) for name, b in model.named_buffers() if name in saved)
-    return logical_views(chain(model.named_parameters(), buffers))
+    model_type = model.config.model_type
+    return logical_views(chain(model.named_parameters(), buffers), model_type=model_type)
 
 
 def left_padded(prompts: list[tuple[int, ...]], pad_id: int) -> tuple[Tensor, Tensor]:
