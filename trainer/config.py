@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from gossamer.comm.config import LogConfig
 from gossamer.parallel.config import ParallelConfig
+from gossamer.trainer.moe.config import MoEConfig
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -205,8 +206,10 @@ class ModelConfig:
     tokenizer."""
     router: str = "topk_softmax"
     """A name in trainer/moe/router.py, or an import path `package.module:name`."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """What routers, their losses and their trace can be told."""
     balance_loss_coef: float = 0.001
-    """Weight of the load-balance loss (global-batch scope); 0 switches it off."""
+    """Weight of the load-balance loss; 0 switches it off."""
     attn_implementation: str = "sdpa"
     """transformers' attention implementation: sdpa or eager."""
 

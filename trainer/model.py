@@ -20,7 +20,7 @@ from gossamer.trainer.config import ModelConfig
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.experts import GroupedExperts
-from gossamer.trainer.moe.router import ROUTERS
+from gossamer.trainer.moe.router import ROUTERS, RouterSpec
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
@@ -134,9 +134,10 @@ def _swap(
         block.experts.gate_up_proj.detach()[local].clone(),
         block.experts.down_proj.detach()[local].clone(),
     )
-    gate = build_router(
-        block.gate.weight.detach().clone(), block.gate.top_k, block.gate.norm_topk_prob
+    spec = RouterSpec(
+        top_k=block.gate.top_k, is_renormalised=block.gate.norm_topk_prob, moe=config.moe
     )
+    gate = build_router(block.gate.weight.detach().clone(), spec)
     return MoEBlock(gate, experts, dispatcher, context, config.balance_loss_coef > 0)
 
 

@@ -13,7 +13,8 @@ from gossamer.parallel.dims import ParallelDims, build_dims
 from gossamer.parallel.dispatch import Dispatcher
 from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.experts import GroupedExperts
-from gossamer.trainer.moe.router import Routing, TopKSoftmaxRouter
+from gossamer.trainer.moe.router import RouterSpec, Routing
+from gossamer.trainer.moe.routers.topk_softmax import TopKSoftmaxRouter
 from torch import Tensor, nn
 
 D, F, E, K = 5, 3, 8, 3
@@ -29,7 +30,8 @@ class FirstExpertsRouter(TopKSoftmaxRouter):
     def forward(self, x_TD: Tensor) -> Routing:
         probability_TE = (x_TD @ self.weight.T).softmax(-1)
         expert_TK = torch.arange(K).expand(len(x_TD), K)
-        return Routing(expert_TK, probability_TE.gather(1, expert_TK), probability_TE)
+        weight_TK = probability_TE.gather(1, expert_TK)
+        return Routing(expert_TK, weight_TK, probability_TE, probability_TE.log())
 
 
 CASES = {
@@ -57,7 +59,8 @@ def block_on_this_rank(router: type[nn.Module], dims: ParallelDims, context: Ste
     mine = dims.local_experts(E)
     local = slice(mine.start, mine.stop)
     experts = GroupedExperts(given["gate_up"][local].clone(), given["down"][local].clone())
-    return MoEBlock(router(given["gate"], K, True), experts, Dispatcher(dims, E), context, True)
+    gate = router(given["gate"], RouterSpec(top_k=K, is_renormalised=True))
+    return MoEBlock(gate, experts, Dispatcher(dims, E), context, True)
 
 
 def forward_backward(router: type[nn.Module], tokens: tuple[int, ...], dims: ParallelDims) -> dict:

@@ -4,11 +4,16 @@ import math
 
 import pytest
 import torch
-from gossamer.trainer.moe.router import TopKSoftmaxRouter
+from gossamer.trainer.moe.router import RouterSpec
+from gossamer.trainer.moe.routers.topk_softmax import TopKSoftmaxRouter
 
 # logits 0, ln 2, ln 5, ln 2: probabilities 1/10, 2/10, 5/10, 2/10
 WEIGHT_ED = torch.tensor([[0.0, 9.0], [math.log(2), 9.0], [math.log(5), 9.0], [math.log(2), 0.0]])
 X_TD = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+
+
+def build(weight_ED: torch.Tensor, top_k: int, is_renormalised: bool) -> TopKSoftmaxRouter:
+    return TopKSoftmaxRouter(weight_ED, RouterSpec(top_k=top_k, is_renormalised=is_renormalised))
 
 
 def close(*numbers: float):
@@ -16,7 +21,7 @@ def close(*numbers: float):
 
 
 def test_by_hand():
-    routing = TopKSoftmaxRouter(WEIGHT_ED, top_k=2, is_renormalised=False)(X_TD)
+    routing = build(WEIGHT_ED, 2, False)(X_TD)
     assert routing.probability_TE[0].tolist() == close(0.1, 0.2, 0.5, 0.2)
     # the second token's logits are negated: 1, 1/2, 1/5, 1/2 of 2.2
     assert routing.probability_TE[1].tolist() == close(1 / 2.2, 0.5 / 2.2, 0.2 / 2.2, 0.5 / 2.2)
@@ -26,7 +31,7 @@ def test_by_hand():
 
 
 def test_renormalised_weights_add_up_to_one():
-    routing = TopKSoftmaxRouter(WEIGHT_ED, top_k=2, is_renormalised=True)(X_TD)
+    routing = build(WEIGHT_ED, 2, True)(X_TD)
     assert routing.weight_TK.flatten().tolist() == close(5 / 7, 2 / 7, 2 / 3, 1 / 3)
     assert routing.probability_TE[0].tolist() == close(0.1, 0.2, 0.5, 0.2)  # as they were
 
@@ -39,7 +44,7 @@ def test_against_a_loop_over_tokens(top_k, is_renormalised, dtype):
     generator = torch.Generator().manual_seed(4)
     x_TD = torch.randn(20, 7, generator=generator, dtype=torch.float64).to(dtype)
     weight_ED = torch.randn(6, 7, generator=generator, dtype=torch.float64).to(dtype)
-    routing = TopKSoftmaxRouter(weight_ED, top_k, is_renormalised)(x_TD)
+    routing = build(weight_ED, top_k, is_renormalised)(x_TD)
     assert routing.weight_TK.dtype == torch.promote_types(dtype, torch.float32)
     bound = 1e-14 if dtype == torch.float64 else 1e-6
     for t in range(20):
@@ -55,5 +60,5 @@ def test_against_a_loop_over_tokens(top_k, is_renormalised, dtype):
 
 
 def test_huge_logits_stay_finite():
-    routing = TopKSoftmaxRouter(WEIGHT_ED * 1e4, top_k=2, is_renormalised=True)(X_TD)
+    routing = build(WEIGHT_ED * 1e4, 2, True)(X_TD)
     assert routing.weight_TK.isfinite().all() and routing.probability_TE.isfinite().all()

@@ -41,7 +41,7 @@ class BlockStatistics:
 
 
 class MoEBlock(nn.Module):
-    """x_BSD -> x_BSD. Parameter names follow the checkpoint: gate.weight, experts.*."""
+    """x_BSD -> x_BSD. Names follow the checkpoint: gate.weight, experts.*, shared_experts.*."""
 
     statistics: BlockStatistics
     """Of the last forward pass; not there before the first."""
@@ -53,9 +53,11 @@ class MoEBlock(nn.Module):
         dispatcher: Dispatcher,
         context: StepContext,
         has_balance_loss: bool,
+        shared_experts: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.gate, self.experts = gate, experts
+        self.shared_experts = shared_experts
         self.num_experts = dispatcher.num_experts
         self._dispatcher, self._context = dispatcher, context
         self._has_balance_loss = has_balance_loss
@@ -68,7 +70,8 @@ class MoEBlock(nn.Module):
         y_TKD = self._dispatcher.combine(self.experts(x_RD, count_e), route)
         # summed in slot order: placement changes no bit
         y_TD = (y_TKD * routing.weight_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)
-        return y_TD.view_as(x_BSD)
+        y_BSD = y_TD.view_as(x_BSD)
+        return y_BSD if self.shared_experts is None else y_BSD + self.shared_experts(x_BSD)
 
     def _measure(self, expert_TK: Tensor, probability_TE: Tensor) -> BlockStatistics:
         is_real_T = self._context.is_real_T
