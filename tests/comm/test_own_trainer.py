@@ -3,15 +3,19 @@
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from gossamer.comm.log import WeightLog
+from gossamer.comm.log import LogError, WeightLog
 from gossamer.comm.manifest import part_name
-from gossamer.comm.publisher import Publisher
+from gossamer.comm.publisher import PartTimeoutError, Publisher
 from gossamer.comm.reader import read_state
+from gossamer.comm.wire import pack_frame, unpack_frame
 from toy_weights import CONFIG, moved, new_writer, rows_of, toy_state
+
+HASTY = replace(CONFIG, part_timeout_s=0.05)
 
 
 def test_times_are_told_apart(tmp_path):
@@ -86,6 +90,34 @@ def test_other_parts_are_read_by_their_ends_alone(tmp_path):
     asked = sum(nbytes for each, nbytes in read if each == name)
     assert 0 < asked < 70_000 < log.store.size(name) / 4
     assert not any(each == part_name(0, epoch, 0, "anchor") for each, _ in read)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kind", "delta"),
+        ("run_id", "another"),
+        ("version", 1),
+        ("base_version", 0),
+        ("step", 9),
+        ("writer_epoch", 2),
+        ("part", 0),
+        ("num_parts", 3),
+    ],
+)
+def test_a_part_of_something_else_is_not_committed(tmp_path, field, value):
+    log = WeightLog.open(tmp_path, create=True)
+    epoch = log.claim_epoch()
+    parts = [Publisher(log, part, 2, epoch, HASTY) for part in (0, 1)]
+    state = toy_state()
+    with pytest.raises(PartTimeoutError):
+        parts[1].publish(rows_of(state, 1, 2), 0)
+    path = tmp_path / part_name(0, 1, 1, "anchor")
+    frame = replace(unpack_frame(path.read_bytes()), **{field: value})
+    path.write_bytes(pack_frame(frame))
+    with pytest.raises(LogError, match=rf"p1\.anchor has {field} {value}, expected"):
+        parts[0].publish(rows_of(state, 0, 2), 0)
+    assert log.head() is None
 
 
 def examples(name):
