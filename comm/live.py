@@ -23,6 +23,7 @@ from gossamer.comm.state_hash import (
     MASK_64,
     format_hash,
     hash_change,
+    hash_change_at,
     hash_elements,
     run_seed,
     tensor_seed,
@@ -358,7 +359,7 @@ class LiveWeights:
         positions, patterns = build_codec(run.codec).decode(run, old)
         if positions is None:
             return self._whole(run, old, patterns)
-        gain = hash_change(run_seed(run), positions, old[positions], patterns)
+        gain = hash_change_at(run_seed(run), positions, old, patterns)
         return Change(run.name, run.start, stop, positions, patterns), gain
 
     def _decode_anchor(self, run: Run) -> tuple[Change | None, int]:

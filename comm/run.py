@@ -82,6 +82,24 @@ class Run:
     def num_blocks(self) -> int:
         return -(-self.num_rows // self.block_rows)
 
+    def coded(
+        self, codec: str, count: int, block_rows: int, blocks: list[bytes], model: Model | None
+    ) -> Run:
+        """The same rows, coded (dataclasses.replace is slow enough for small tensors to feel)."""
+        return Run(
+            self.name,
+            self.dtype,
+            self.shape,
+            self.row_start,
+            self.num_rows,
+            codec,
+            count,
+            block_rows,
+            tuple(map(len, blocks)),
+            b"".join(blocks),
+            model,
+        )
+
     def blocks(self) -> Iterator[tuple[int, int, bytes | memoryview]]:
         """(first element, end, payload) of each block, elements counted in the run."""
         size, taken = self.block_rows * self.row_elements, 0

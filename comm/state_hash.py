@@ -44,6 +44,11 @@ def hash_change(seed: int, positions: np.ndarray, old: np.ndarray, new: np.ndarr
     return int(_sum_change(np.uint64(seed), positions, old, new))
 
 
+def hash_change_at(seed: int, positions: np.ndarray, bits: np.ndarray, new: np.ndarray) -> int:
+    """The same where the old ones are still in their places in `bits`."""
+    return int(_sum_change_at(np.uint64(seed), positions, bits, new))
+
+
 def format_hash(total: int) -> str:
     """A state hash as manifests hold it."""
     return f"{total & MASK_64:016x}"
@@ -71,4 +76,14 @@ def _sum_change(seed, positions, old, new):  # noqa: ANN001, ANN202
     for at in range(len(positions)):
         word = seed + u64(positions[at]) * u64(SPREAD)
         total += _mixed(word ^ u64(new[at])) - _mixed(word ^ u64(old[at]))
+    return total
+
+
+@compiled
+def _sum_change_at(seed, positions, bits, new):  # noqa: ANN001, ANN202
+    total = u64(0)
+    for at in range(len(positions)):
+        place = u64(positions[at])
+        word = seed + place * u64(SPREAD)
+        total += _mixed(word ^ u64(new[at])) - _mixed(word ^ u64(bits[place]))
     return total

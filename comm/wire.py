@@ -17,9 +17,10 @@ coded), "block_rows" and "models" (index, or null) have one entry a run, "nbytes
 i of a run holds its rows [i block_rows, (i + 1) block_rows), flat; a vector is one row; a block of
 0 bytes did not change. Where a delta lacks a run, nothing of it changed.
 
-Codec `dense`: every pattern of the block, as one plane (codec/planes.py). Codec `planes`: gaps and
-steps as byte planes (codec/step.py). Codec `entropy`: the class prefix of an element is its old
-pattern >> shift (codec/elements.py), its class the prefix without the sign for floats. A model has
+Codec `dense`: every pattern of the block, as a plane for each byte, low one first (codec/planes.py).
+Codec `planes`: gaps and steps as byte planes (codec/step.py). Codec `entropy`: the class prefix of
+an element is its old pattern >> shift (codec/elements.py), its class the prefix without the sign
+for floats. A model has
 for class first, first + 1, ... the index of a length in hazard.LENGTHS and the frequencies, out of
 4096, of step symbols; lower classes count as first, higher ones never change. A block is one
 rANS stream (scales 2**36 and 2**12, state refilled below 2**47 by little-endian 16-bit words, first

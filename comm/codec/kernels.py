@@ -113,6 +113,29 @@ def count_steps(before, after, shift, sign, kind, class_of, counts):
 
 
 @compiled
+def plain_bits(elements, steps):
+    """(changes, elements, bits) of coding positions at each class's own rate and step symbols at
+    one rate for all; `elements` [class], `steps` [class, step symbol]."""
+    changed, total, bits = np.int64(0), np.int64(0), 0.0
+    by_step = np.zeros(steps.shape[1], np.int64)
+    for row in range(len(elements)):
+        count = np.int64(0)
+        for symbol in range(steps.shape[1]):
+            count += steps[row, symbol]
+            by_step[symbol] += steps[row, symbol]
+        changed += count
+        total += elements[row]
+        for some in (count, elements[row] - count):
+            if some > 0:
+                bits += some * np.log2(elements[row] / some)
+    for symbol in range(len(by_step)):
+        if by_step[symbol] > 0:
+            extra = max(0, symbol - DIRECT_STEPS)
+            bits += by_step[symbol] * (np.log2(changed / by_step[symbol]) + extra)
+    return changed, total, bits
+
+
+@compiled
 def exchange(live, positions, patterns):
     """Writes `patterns` into `live` at `positions` and leaves there what was in `live`."""
     for at in range(len(positions)):

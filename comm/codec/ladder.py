@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-from gossamer.comm.codec.kernels import DIRECT_STEPS
+from gossamer.comm.codec.kernels import plain_bits
 from gossamer.comm.codec.model import Counts
 
 # zstd'd planes of gaps and steps against the entropy, measured on training traces
@@ -35,13 +34,8 @@ def choose(counts: Counts, dense_nbytes: int, link_mbit: float | None) -> Choice
 
     `dense_nbytes` is what the run took when it was last sent whole.
     """
-    changed_C, elements_C = counts.steps.sum(axis=1), counts.elements
-    steps = counts.steps.sum(axis=0)
-    changed, num_elements = int(changed_C.sum()), int(elements_C.sum())
-    where = _bits(changed_C, elements_C) + _bits(elements_C - changed_C, elements_C)
-    which = _bits(steps, np.array(changed))
-    extra = (np.maximum(np.arange(len(steps)) - DIRECT_STEPS, 0) * steps).sum()
-    entropy = int((where + which + extra) / 8) + 2
+    changed, num_elements, bits = plain_bits(counts.elements, counts.steps)
+    entropy = int(bits / 8) + 2
     nbytes = {
         "entropy": entropy,
         "planes": int(entropy * PLANES_OVER_ENTROPY) + 8,
@@ -58,9 +52,3 @@ def choose(counts: Counts, dense_nbytes: int, link_mbit: float | None) -> Choice
 
     codec = min(COST_NS, key=total_ns)
     return Choice(codec, nbytes, f"quickest on {link_mbit:g} Mbit/s")
-
-
-def _bits(some: np.ndarray, of: np.ndarray) -> float:
-    """Bits that tell which `some` out of `of` are, at their own rates."""
-    some, of = some[some > 0], (of[some > 0] if of.ndim else of)
-    return float((some * np.log2(of / some)).sum())

@@ -200,27 +200,14 @@ class PartEncoder:
             return None
         counts = Counts(base.elements, count_changes(before, after, run.dtype))
         gain = hash_change(run_seed(run), positions, before, after)
-        return _Change(replace(run, count=len(positions)), positions, after, counts, gain)
+        return _Change(run, positions, after, counts, gain)
 
     def _encode_delta(self, part: EncodedPart) -> None:
         """Codes what was found, by codecs and models chosen over all of it."""
         choices = [self._choose(change) for change in part.updates]
-        coded = [i for i, choice in enumerate(choices) if choice.codec == "entropy"]
-        models = assign_models([(part.updates[i].run, part.updates[i].counts) for i in coded])
-        by_model: dict[Model, list[int]] = defaultdict(list)
-        for i, model in zip(coded, models, strict=True):
-            by_model[model].append(i)
-            part.updates[i].run = replace(part.updates[i].run, model=model)
-        for model, members in by_model.items():
-            entropy, dense = (
-                sum(choices[i].nbytes[codec] for i in members) for codec in ("entropy", "dense")
-            )
-            if entropy + entry_bits(model) / 8 > dense:
-                for i in members:
-                    choices[i] = replace(choices[i], codec="dense", why="smaller than its model")
-        for (change, choice), run in self._in_order(
-            self._code, zip(part.updates, choices, strict=True)
-        ):
+        models = self._assign(part.updates, choices)
+        work = zip(part.updates, choices, models, strict=True)
+        for (change, choice, _), run in self._in_order(self._code, work):
             part.delta.append(run)
             part.delta_gain = (part.delta_gain + change.hash_gain) & MASK_64
             part.bytes_by_codec[run.codec] += len(run.payload)
@@ -231,30 +218,45 @@ class PartEncoder:
         base = self._base[_key(change.run)]
         return choose(change.counts, base.dense_nbytes, self._link_mbit)
 
-    def _code(self, chosen: tuple[_Change, Choice]) -> Run:
-        change, choice = chosen
-        run, old = change.run, self._base[_key(change.run)].bits
+    def _assign(self, changes: list[_Change], choices: list[Choice]) -> list[Model | None]:
+        """A model for each run to be coded by entropy; where models cost too much, `choices`
+        become dense."""
+        coded = [i for i, choice in enumerate(choices) if choice.codec == "entropy"]
+        found = assign_models([(changes[i].run, changes[i].counts) for i in coded])
+        members: dict[Model, list[int]] = defaultdict(list)
+        models: list[Model | None] = [None] * len(changes)
+        for i, model in zip(coded, found, strict=True):
+            members[model].append(i)
+            models[i] = model
+        for model, of_model in members.items():
+            entropy, dense = (
+                sum(choices[i].nbytes[codec] for i in of_model) for codec in ("entropy", "dense")
+            )
+            if entropy + entry_bits(model) / 8 > dense:
+                for i in of_model:
+                    choices[i] = replace(choices[i], codec="dense", why="smaller than its model")
+        return models
+
+    def _code(self, work: tuple[_Change, Choice, Model | None]) -> Run:
+        change, choice, model = work
+        run, old, count = change.run, self._base[_key(change.run)].bits, len(change.after)
         if choice.codec == "dense":
             new = old.copy()
             new[change.positions] = change.after
             return self._dense(run, new)
-        rows = MIN_BLOCK_CHANGES * run.num_rows // (run.count * BLOCK_ROWS) * BLOCK_ROWS
-        run = replace(
-            run,
-            codec=choice.codec,
-            block_rows=max(BLOCK_ROWS, min(rows, _bands(run.num_rows))),
-            model=run.model if choice.codec == "entropy" else None,
-        )
+        rows = MIN_BLOCK_CHANGES * run.num_rows // (count * BLOCK_ROWS) * BLOCK_ROWS
+        rows = max(BLOCK_ROWS, min(rows, _bands(run.num_rows)))
+        run = run.coded(choice.codec, count, rows, [], model)
         blocks = self._codec(run.codec).encode(run, old, change.positions, change.after)
-        return replace(run, block_nbytes=tuple(map(len, blocks)), payload=b"".join(blocks))
+        return run.coded(choice.codec, count, rows, blocks, model)
 
     def _dense(self, run: Run, new: np.ndarray) -> Run:
         """The run with all its elements."""
         rows = max(1, DENSE_BLOCK_ELEMENTS // (run.row_elements * BLOCK_ROWS)) * BLOCK_ROWS
         rows = min(rows, _bands(run.num_rows))
-        run = replace(run, codec="dense", count=len(new), block_rows=rows, model=None)
+        run = run.coded("dense", len(new), rows, [], None)
         blocks = self._codec("dense").encode(run, new, None, new)
-        return replace(run, block_nbytes=tuple(map(len, blocks)), payload=b"".join(blocks))
+        return run.coded("dense", len(new), rows, blocks, None)
 
     def _codec(self, name: str):  # noqa: ANN202
         """The calling thread's own."""
