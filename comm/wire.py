@@ -17,7 +17,7 @@ coded), "block_rows" and "models" (index, or null) have one entry a run, "nbytes
 i of a run holds its rows [i block_rows, (i + 1) block_rows), flat; a vector is one row; a block of
 0 bytes did not change. Where a delta lacks a run, nothing of it changed.
 
-Codec `dense`: every pattern of the block, as a plane for each byte, low one first (codec/planes.py).
+Codec `dense`: every pattern of the block, a plane for each byte, low one first (codec/planes.py).
 Codec `planes`: gaps and steps as byte planes (codec/step.py). Codec `entropy`: the class prefix of
 an element is its old pattern >> shift (codec/elements.py), its class the prefix without the sign
 for floats. A model has
