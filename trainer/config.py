@@ -204,8 +204,9 @@ class ModelConfig:
     hf: Mapping[str, int | float | str | bool | None] = field(default_factory=dict)
     """HF config fields, `model_type` among them; vocabulary and token ids come from the run's
     tokenizer."""
-    router: str = "topk_softmax"
-    """A name in trainer/moe/router.py, or an import path `package.module:name`."""
+    router: str | None = None
+    """A name in trainer/moe/router.py, or an import path `package.module:name`; None = as the
+    family routes."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """What routers, their losses and their trace can be told."""
     balance_loss_coef: float = 0.001

@@ -6,27 +6,29 @@ checkpoint's names; so import, export and the weight log need no translation bey
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gossamer.comm.names import logical_views
+from gossamer.comm.names import checkpoint_name, logical_views
 from gossamer.parallel.dims import ParallelDims
-from gossamer.parallel.dispatch import Dispatcher
 from gossamer.trainer.config import ModelConfig
-from gossamer.trainer.import_path import resolve
+from gossamer.trainer.families import (
+    FAMILY_ROUTERS,
+    build_block,
+    check_family,
+    materialise,
+    moe_blocks,
+)
+from gossamer.trainer.hf_folder import HFFolder, write_shards
 from gossamer.trainer.moe.block import MoEBlock, StepContext
-from gossamer.trainer.moe.experts import GroupedExperts
-from gossamer.trainer.moe.router import ROUTERS, RouterSpec
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
-
-HF_MOE_BLOCKS = (Qwen3MoeSparseMoeBlock,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,12 @@ class MoEModel:
     context: StepContext
     segments: dict[str, list[tuple[str, tuple[int, ...]]]]
     """Parameter name -> logical tensors (name, shape) it is made of, in memory order."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What a checkpoint holds besides parameters, the same on every rank: routing biases."""
+        saved = self.module.state_dict(keep_vars=True)
+        found = {name: b for name, b in self.module.named_buffers() if name in saved}
+        return {checkpoint_name(n, self.config.model_type): b for n, b in found.items()}
 
     def num_parameters(self) -> tuple[int, int]:
         """(all, active for one token) of the whole model, over all expert-parallel ranks."""
@@ -77,7 +85,8 @@ def hf_config(config: ModelConfig, overrides: dict[str, int]) -> PretrainedConfi
     model_type = fields.pop("model_type", None)
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise ValueError(
-            f"{where} is {model_type!r}, which transformers does not know; expected qwen3_moe"
+            f"{where} is {model_type!r}, which transformers does not know; expected one of"
+            f" {', '.join(FAMILY_ROUTERS)}"
         )
     if config.path is not None:
         loaded = AutoConfig.from_pretrained(config.path)
@@ -95,59 +104,71 @@ def build_model(
 ) -> MoEModel:
     """Builds or loads the model in float32 and keeps this rank's experts.
 
-    Every rank draws the same random weights from `seed`, so the start does not depend on EP.
-    Raises ValueError for a model without MoE blocks we know, or experts that EP does not divide.
+    Every rank draws the same random weights from `seed`, so the start does not depend on EP; of a
+    folder, a rank reads what it keeps and nothing else. Raises ValueError for a family that is not
+    known, or experts that EP does not divide, ValueError or FileNotFoundError for a folder that
+    does not hold the model's tensors.
     """
+    check_family(hf)
+    folder = HFFolder(Path(config.path)) if config.path is not None else None
+    described = copy.deepcopy(hf)
+    if getattr(described, "output_router_logits", False):
+        described.output_router_logits = False  # transformers' own balance loss wants its routers
     torch.manual_seed(seed)
-    if config.path is not None:
-        module = AutoModelForCausalLM.from_pretrained(
-            config.path, dtype=torch.float32, attn_implementation=config.attn_implementation
-        )
-    else:
+    with torch.device("meta" if folder else "cpu"):
         module = AutoModelForCausalLM.from_config(
-            hf, dtype=torch.float32, attn_implementation=config.attn_implementation
+            described, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
+    if folder is not None:
+        _check_names(folder, module)
     context = StepContext()
     blocks: list[MoEBlock] = []
-    for name, block in list(module.named_modules()):
-        if isinstance(block, HF_MOE_BLOCKS):
-            ours = _swap(block, config, dims, context)
-            module.set_submodule(name, ours)
-            blocks.append(ours)
+    for name, block in moe_blocks(module):
+        ours = build_block(block, hf, config, dims, context, len(blocks), seed)
+        module.set_submodule(name, ours)
+        blocks.append(ours)
     if not blocks:
-        raise ValueError(
-            f"model type {hf.model_type} has no MoE block that gossamer knows; expected qwen3_moe"
-        )
+        raise ValueError(f"the {hf.model_type} model has no MoE layer; expected at least one")
     offset = dims.local_experts(blocks[0].num_experts).start
-    segments = logical_segments(module, offset)
-    return MoEModel(module, hf, blocks, context, segments)
+    segments = logical_segments(module, offset, hf.model_type)
+    model = MoEModel(module, hf, blocks, context, segments)
+    if folder is not None:
+        materialise(module)
+        for part in module.modules():
+            if part._non_persistent_buffers_set:
+                module._init_weights(part)  # rotary frequencies are in no checkpoint
+        views = logical_views(module.named_parameters(), offset, hf.model_type)
+        folder.read_into(views | model.buffers())
+    return model
 
 
-def _swap(
-    block: Qwen3MoeSparseMoeBlock, config: ModelConfig, dims: ParallelDims, context: StepContext
-) -> MoEBlock:
-    build_router = resolve(config.router, ROUTERS, "model.router")
-    dispatcher = Dispatcher(dims, block.experts.num_experts)
-    mine = dims.local_experts(block.experts.num_experts)
-    local = slice(mine.start, mine.stop)
-    experts = GroupedExperts(
-        block.experts.gate_up_proj.detach()[local].clone(),
-        block.experts.down_proj.detach()[local].clone(),
-    )
-    spec = RouterSpec(
-        top_k=block.gate.top_k, is_renormalised=block.gate.norm_topk_prob, moe=config.moe
-    )
-    gate = build_router(block.gate.weight.detach().clone(), spec)
-    return MoEBlock(gate, experts, dispatcher, context, config.balance_loss_coef > 0)
+def _check_names(folder: HFFolder, module: nn.Module) -> None:
+    """Refuses a folder with other tensors than the model, all experts of it."""
+    model_type = module.config.model_type
+    own = {**dict(module.named_parameters()), **module.state_dict()}
+    expected = logical_views(own.items(), model_type=model_type).keys()
+    tied = {checkpoint_name(name, model_type) for name in module.all_tied_weights_keys}
+    ignored = [r"rotary_emb\.inv_freq$", *(module._keys_to_ignore_on_load_unexpected or ())]
+    strange = folder.names - expected
+    strange = {name for name in strange if not any(re.search(i, name) for i in ignored)}
+    for names, fault in (
+        (expected - folder.names - tied, "lacks"),
+        (strange, "holds, and the model does not,"),
+    ):
+        if names:
+            raise ValueError(
+                f"{folder.folder} {fault} {min(names)} and {len(names) - 1} more tensors; expected"
+                f" those of a {model_type} checkpoint with its config"
+            )
 
 
 def logical_segments(
-    module: nn.Module, expert_offset: int
+    module: nn.Module, expert_offset: int, model_type: str = ""
 ) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     """Which logical tensors each parameter is made of, in memory order."""
     segments: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, parameter in module.named_parameters():
-        views = logical_views([(name, parameter)], expert_offset)
+        views = logical_views([(name, parameter)], expert_offset, model_type)
         ordered = sorted(views.items(), key=lambda item: item[1].storage_offset())
         segments[name] = [(logical, tuple(view.shape)) for logical, view in ordered]
         assert sum(math.prod(shape) for _, shape in segments[name]) == parameter.numel()
@@ -165,14 +186,12 @@ def export_hf(
     `weights`: logical tensors under checkpoint names, of one dtype; bytes are kept as they are.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
     if write_tokenizer is not None:
         write_tokenizer(folder)
-    save_file(contiguous, folder / ".model.safetensors", metadata={"format": "pt"})
-    (folder / ".model.safetensors").replace(folder / "model.safetensors")
+    write_shards(folder, weights.items())
     with torch.device("meta"):
         architecture = type(AutoModelForCausalLM.from_config(config)).__name__
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    dtype = str(next(t.dtype for n, t in weights.items() if n.endswith("weight")))[6:]
     described = config.to_dict() | {"architectures": [architecture], "dtype": dtype}
     # last: a folder without it is no model
     (folder / ".config.json").write_text(json.dumps(described, indent=2, sort_keys=True))
