@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 ZERO_STAGES = (0, 1, 2)
 DTYPES = ("float32", "bfloat16")
+DISPATCH_LEVELS = (1, 2)
+DROP_POLICIES = ("position", "probability", "random")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DispatchConfig:
+    """How tokens travel to their experts, and which of them may not."""
+
+    levels: int = 1
+    """1 = one all-to-all over the expert-parallel ranks; 2 = across nodes, then inside the node: a
+    token crosses to a node once, however many of its experts live there. Same bits either way."""
+
+    ranks_per_node: int | None = None
+    """Neighbouring ranks that share a node; None = all. Bytes are counted by it."""
+
+    capacity_factor: float | None = None
+    """An expert takes at most this many times its even share of a rank's (token, slot) pairs from
+    that rank; the others are dropped. None = dropless."""
+
+    drop_policy: str = "position"
+    """Who keeps a place: `position` = the first tokens, `probability` = the largest combine
+    weights, `random` = drawn anew at each step and layer (random token selection)."""
+
+    drop_seed: int = 0
+    """Of the policy `random`."""
+
+    def __post_init__(self) -> None:
+        where = "parallel.dispatch"
+        if self.levels not in DISPATCH_LEVELS:
+            raise ValueError(f"{where}.levels must be one of {DISPATCH_LEVELS}, got {self.levels}")
+        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+            raise ValueError(f"{where}.ranks_per_node must be at least 1 or null")
+        if self.levels == 2 and self.ranks_per_node is None:
+            raise ValueError(f"{where}.levels=2 needs {where}.ranks_per_node")
+        factor = self.capacity_factor
+        if factor is not None and not (math.isfinite(factor) and factor > 0):
+            raise ValueError(f"{where}.capacity_factor must be a positive number or null")
+        if self.drop_policy not in DROP_POLICIES:
+            raise ValueError(f"{where}.drop_policy must be one of {DROP_POLICIES}")
+        if self.drop_seed < 0:
+            raise ValueError(f"{where}.drop_seed must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +70,13 @@ class ParallelConfig:
     reduce_bucket_elements: int = 50_000_000
     """Elements per gradient-reduction bucket."""
 
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    """How tokens travel to their experts."""
+
     def __post_init__(self) -> None:
-        for field in ("data", "expert", "reduce_bucket_elements"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"parallel.{field} must be at least 1, got {getattr(self, field)}")
+        for name in ("data", "expert", "reduce_bucket_elements"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} must be at least 1, got {getattr(self, name)}")
         if self.zero_stage == 3:
             raise ValueError(
                 "parallel.zero_stage=3 is refused: DeepSpeed does not support ZeRO-3 with expert"
@@ -45,6 +90,12 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.compute_dtype={self.compute_dtype} needs zero_stage 1 or 2: at stage 0"
                 " DeepSpeed keeps no float32 masters that we could publish"
+            )
+        per_node = self.dispatch.ranks_per_node
+        if per_node is not None and self.expert % per_node and per_node % self.expert:
+            raise ValueError(
+                f"parallel.dispatch.ranks_per_node={per_node} and parallel.expert={self.expert}:"
+                " expected one to divide the other"
             )
 
     @property

@@ -1,115 +1,187 @@
 """Token dispatch: tokens travel to the ranks that hold their experts, and results travel back.
 
 The one idea: one stable sort by expert puts every (token, slot) pair in the order in which it is
-sent, so one all-to-all with exact split counts moves them (dropless), one more sort groups what
-arrived by local expert, and both inverses are index lists already at hand. Rows of one expert lie
-in the order (source rank, token, slot), which is the order a single rank holding all tokens would
-give them: that is what makes EP=1 and EP=N comparable to rounding.
+sent, and rows of one expert lie in the order (source rank, token, slot), which is the order a
+single rank holding all tokens would give them: that makes EP=1 and EP=N comparable to rounding.
+Whatever path the rows take there and back, gradients and results come home pair by pair and are
+summed in slot order, so the path changes no bit.
 
-Shapes: T tokens of this rank, K slots (top-k), D hidden, E experts, e local experts, R rows
-received.
+Shapes: T tokens of this rank, K slots (top-k), D hidden, E experts, e local experts, N pairs that
+are sent (T * K when nothing is dropped), R rows received.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
+from gossamer.parallel.capacity import kept_pairs
 from gossamer.parallel.dims import ParallelDims
+from gossamer.parallel.route import Pairs, grouping, inverse
+from gossamer.parallel.traffic import Link, Traffic
+from gossamer.parallel.two_level import TwoLevelPath
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
+class Path(Protocol):
+    """The way of one layer's rows to their experts and back. `kind`: forward or backward."""
+
+    count_e: Tensor
+    """Rows of each local expert, int64."""
+
+    def send_tokens(self, x_TD: Tensor, kind: str) -> Tensor:
+        """Each token to its experts: x_RD grouped by local expert."""
+        ...
+
+    def send_pairs(self, x_ND: Tensor, kind: str) -> Tensor:
+        """The same for a row of its own for each pair."""
+        ...
+
+    def bring_home(self, x_RD: Tensor, kind: str) -> Tensor:
+        """The inverse of send_pairs."""
+        ...
+
+
+class LocalPath:
+    """EP=1: nothing travels, the sort by expert is all there is."""
+
+    def __init__(self, pairs: Pairs) -> None:
+        self._token_N, self.count_e = pairs.token_N, pairs.count_E
+
+    def send_tokens(self, x_TD: Tensor, kind: str) -> Tensor:
+        return x_TD[self._token_N]
+
+    def send_pairs(self, x_ND: Tensor, kind: str) -> Tensor:
+        return x_ND
+
+    def bring_home(self, x_RD: Tensor, kind: str) -> Tensor:
+        return x_RD
+
+
+class OneLevelPath:
+    """One all-to-all over the expert group; a row for each pair."""
+
+    def __init__(self, pairs: Pairs, dims: ParallelDims, link: Link) -> None:
+        sent_Ge = pairs.count_E.view(dims.expert, -1)
+        received_Ge = link.exchange_evenly(sent_Ge)
+        self._send, self._recv = torch.stack([sent_Ge.sum(1), received_Ge.sum(1)]).tolist()
+        self._token_N, self._link = pairs.token_N, link
+        self.count_e = received_Ge.sum(0)
+        # rows arrive as (source, expert); a stable sort by expert keeps source order inside it
+        expert_Ge = torch.arange(len(self.count_e), device=sent_Ge.device).expand_as(received_Ge)
+        self._order_R = grouping(expert_Ge, received_Ge, sum(self._recv))
+
+    def send_tokens(self, x_TD: Tensor, kind: str) -> Tensor:
+        return self.send_pairs(x_TD[self._token_N], kind)
+
+    def send_pairs(self, x_ND: Tensor, kind: str) -> Tensor:
+        return self._link.exchange(x_ND, self._send, self._recv, kind)[self._order_R]
+
+    def bring_home(self, x_RD: Tensor, kind: str) -> Tensor:
+        return self._link.exchange(x_RD[inverse(self._order_R)], self._recv, self._send, kind)
+
+
 class Route:
     """Where each row went, kept from `dispatch` for `combine`."""
 
-    send_order_N: Tensor
-    """(token * K + slot) of each sent row, N = T * K."""
-    recv_order_R: Tensor
-    """Permutation that groups received rows by local expert."""
-    send_splits: list[int]
-    recv_splits: list[int]
-    num_slots: int
+    def __init__(self, pairs: Pairs, path: Path) -> None:
+        self.pairs, self.path = pairs, path
 
 
-class _AllToAll(torch.autograd.Function):
-    """Rows to ranks by exact split counts; backward sends the gradients the way back."""
+class _Dispatch(torch.autograd.Function):
+    """x_TD -> x_RD; gradients come home pair by pair and are summed in slot order."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        x_ND: Tensor,
-        send_splits: list[int],
-        recv_splits: list[int],
-        group: dist.ProcessGroup,
-    ) -> Tensor:
-        ctx.send_splits, ctx.recv_splits, ctx.group = send_splits, recv_splits, group  # type: ignore[attr-defined]
-        return _exchange(x_ND, send_splits, recv_splits, group)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x_TD: Tensor, route: Route) -> Tensor:
+        ctx.route = route  # type: ignore[attr-defined]
+        return route.path.send_tokens(x_TD, "forward")
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: torch.autograd.function.FunctionCtx, grad_RD: Tensor
-    ) -> tuple[Tensor, None, None, None]:
-        grad_ND = _exchange(grad_RD, ctx.recv_splits, ctx.send_splits, ctx.group)  # type: ignore[attr-defined]
-        return grad_ND, None, None, None
+    ) -> tuple[Tensor, None]:
+        route: Route = ctx.route  # type: ignore[attr-defined]
+        grad_ND = route.path.bring_home(grad_RD, "backward")
+        return route.pairs.by_slot(grad_ND).sum(dim=1), None
 
 
-def _exchange(x: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup) -> Tensor:
-    out = x.new_empty((sum(recv), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), recv, send, group=group)
-    return out
+class _Combine(torch.autograd.Function):
+    """y_RD -> y_TKD; gradients go the way of dispatch, a row for each pair."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, y_RD: Tensor, route: Route) -> Tensor:
+        ctx.route = route  # type: ignore[attr-defined]
+        return route.pairs.by_slot(route.path.bring_home(y_RD, "forward"))
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: torch.autograd.function.FunctionCtx, grad_TKD: Tensor
+    ) -> tuple[Tensor, None]:
+        route: Route = ctx.route  # type: ignore[attr-defined]
+        grad_ND = grad_TKD.flatten(0, 1)[route.pairs.order_N]
+        return route.path.send_pairs(grad_ND, "backward"), None
 
 
 class Dispatcher:
-    """Dropless dispatch and combine over the expert group; a local permutation when EP=1."""
+    """Dispatch and combine of one layer over the expert group, as dims.dispatch says."""
 
-    def __init__(self, dims: ParallelDims, num_experts: int) -> None:
-        self.dims = dims
-        self.num_experts = num_experts
+    def __init__(self, dims: ParallelDims, num_experts: int, layer: int = 0) -> None:
+        self.dims, self.num_experts, self.layer = dims, num_experts, layer
         self.num_local_experts = len(dims.local_experts(num_experts))
+        self.traffic = Traffic()
+        """What this rank sent and dropped; `take` starts counting anew."""
+        per_node, own = dims.ranks_per_node, dims.expert_rank // dims.ranks_per_node
+        nodes = [rank // per_node for rank in range(dims.expert)]
+        self._link = Link(dims.expert_group, [node != own for node in nodes], self.traffic)
+        self._node = Link(dims.node_group, [False] * per_node, self.traffic)
+        self._rail = Link(
+            dims.rail_group, [node != own for node in range(dims.num_nodes)], self.traffic
+        )
 
-    def dispatch(self, x_TD: Tensor, expert_TK: Tensor) -> tuple[Tensor, Tensor, Route]:
-        """Sends each token to its experts.
+    def kept(
+        self,
+        expert_TK: Tensor,
+        weight_TK: Tensor,
+        step: int,
+        is_real_T: Tensor | None = None,
+        is_used_TK: Tensor | None = None,
+    ) -> Tensor | None:
+        """kept_TK: the used pairs that find a place under the capacity factor; None = all.
+
+        `step` (the optimizer's) and the layer are the seed of random token selection. Padding,
+        where `is_real_T` is False, comes last and is not counted as dropped.
+        """
+        config = self.dims.dispatch
+        if config.capacity_factor is None:
+            return is_used_TK
+        kept_TK = kept_pairs(
+            expert_TK, weight_TK, self.num_experts, config, step, self.layer, is_real_T, is_used_TK
+        )
+        used_TK = torch.ones_like(kept_TK) if is_used_TK is None else is_used_TK
+        real_TK = used_TK if is_real_T is None else used_TK & is_real_T.unsqueeze(1)
+        self.traffic.pairs += int(real_TK.sum())
+        self.traffic.dropped += int((real_TK & ~kept_TK).sum())
+        return kept_TK
+
+    def dispatch(
+        self, x_TD: Tensor, expert_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Route]:
+        """Sends each token to its experts, for the pairs that are kept (None = all).
 
         Returns the received rows grouped by local expert x_RD, their counts per local expert
         count_e (int64), and the route back. A rank may receive no row: R = 0.
         """
-        num_slots = expert_TK.shape[1]
-        send_order_N = torch.argsort(expert_TK.flatten(), stable=True)
-        count_E = torch.bincount(expert_TK.flatten(), minlength=self.num_experts)
-        x_ND = x_TD[send_order_N // num_slots]
-        group = self.dims.expert_group
-        if group is None:
-            identity = torch.arange(len(send_order_N), device=x_TD.device)
-            route = Route(send_order_N, identity, [], [], num_slots)
-            return x_ND, count_E, route
-
-        sent_Ge = count_E.view(self.dims.expert, self.num_local_experts)
-        received_Ge = torch.empty_like(sent_Ge)
-        dist.all_to_all_single(received_Ge, sent_Ge, group=group)
-        send_splits, recv_splits = sent_Ge.sum(1).tolist(), received_Ge.sum(1).tolist()
-        x_RD = _AllToAll.apply(x_ND, send_splits, recv_splits, group)
-        # rows arrive as (source, expert); a stable sort by expert keeps source order inside it
-        expert_ids_e = torch.arange(self.num_local_experts, device=x_TD.device)
-        expert_R = expert_ids_e.repeat(self.dims.expert).repeat_interleave(received_Ge.flatten())
-        recv_order_R = torch.argsort(expert_R, stable=True)
-        route = Route(send_order_N, recv_order_R, send_splits, recv_splits, num_slots)
-        return x_RD[recv_order_R], received_Ge.sum(0), route
+        pairs = Pairs(expert_TK, self.num_experts, kept_TK)
+        path: Path
+        if self.dims.rail_group is not None:
+            path = TwoLevelPath(pairs, self.dims, self._rail, self._node)
+        elif self.dims.expert_group is not None:
+            path = OneLevelPath(pairs, self.dims, self._link)
+        else:
+            path = LocalPath(pairs)
+        route = Route(pairs, path)
+        return _Dispatch.apply(x_TD, route), path.count_e, route
 
     def combine(self, y_RD: Tensor, route: Route) -> Tensor:
-        """Brings expert outputs home: y_TKD, in each token's top-k slot order."""
-        group = self.dims.expert_group
-        y_ND = y_RD
-        if group is not None:
-            y_ND = _AllToAll.apply(
-                y_RD[_inverse(route.recv_order_R)], route.recv_splits, route.send_splits, group
-            )
-        y_ND = y_ND[_inverse(route.send_order_N)]
-        return y_ND.view(-1, route.num_slots, y_ND.shape[-1])
-
-
-def _inverse(permutation_N: Tensor) -> Tensor:
-    inverse_N = torch.empty_like(permutation_N)
-    inverse_N[permutation_N] = torch.arange(len(permutation_N), device=permutation_N.device)
-    return inverse_N
+        """Brings expert outputs home: y_TKD, in each token's slot order; 0 for dropped pairs."""
+        return _Combine.apply(y_RD, route)
