@@ -14,6 +14,7 @@ from gossamer.launch.controller import newest_checkpoint
 def export_run(config: RunConfig, run_dir: Path, out: Path) -> Path:
     """Writes `out` and returns it. Raises FileNotFoundError when the run has no checkpoint."""
     import torch
+    from gossamer.comm.names import published_dtype
     from gossamer.trainer.checkpoint import Checkpoint
     from gossamer.trainer.model import export_hf, hf_config
     from gossamer.trainer.prepare import load_run_tokenizer
@@ -25,7 +26,7 @@ def export_run(config: RunConfig, run_dir: Path, out: Path) -> Path:
     checkpoint = Checkpoint(folder)
     dtype = getattr(torch, config.train.log.publish_dtype)
     weights = {
-        name: checkpoint.read(name, 0, shape[0]).master.to(dtype)
+        name: checkpoint.read(name, 0, shape[0]).master.to(published_dtype(name, dtype))
         for name, shape in checkpoint.shapes.items()
     }
     tokenizer = load_run_tokenizer(run_dir)

@@ -10,16 +10,19 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from gossamer.comm.log import WeightLog
+from gossamer.comm.names import published_dtype
 from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
+from gossamer.parallel.engine import Owned
 from gossamer.trainer.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data import task_source
@@ -253,7 +256,7 @@ class Session:
             "log": {"version": self.version},
         }
         root = self.place.run_dir / CHECKPOINTS
-        owned = self.engine.owned(with_moments=True)
+        owned = chain(self.engine.owned(with_moments=True), self._buffers())
         _, num_bytes = write_checkpoint(root, self.progress.step, self._epoch, owned, state)
         self._event(
             "checkpoint",
@@ -296,9 +299,15 @@ class Session:
     def _rows(self) -> Iterator[Rows]:
         """What this rank owns, rounded as it is published."""
         dtype = getattr(torch, self.config.log.publish_dtype)
-        for owned in self.engine.owned(with_moments=False):
-            values = owned.master.to(dtype).contiguous()
+        for owned in chain(self.engine.owned(with_moments=False), self._buffers()):
+            values = owned.master.to(published_dtype(owned.name, dtype)).contiguous()
             yield Rows(owned.name, owned.shape, owned.row_start, values)
+
+    def _buffers(self) -> Iterator[Owned]:
+        """Routing biases: alike on every rank, and the first rank's."""
+        if self._is_first_rank:
+            for name, values in self.model.buffers().items():
+                yield Owned(name, tuple(values.shape), 0, len(values), values, {})
 
     def _claim_epoch(self) -> int:
         """One epoch for all ranks, claimed by the first; a later attempt takes over."""
@@ -309,13 +318,16 @@ class Session:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         held = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-        if held != self.model.num_parameters()[0]:
+        buffers = self.model.buffers()
+        expected = self.model.num_parameters()[0] + sum(b.numel() for b in buffers.values())
+        if held != expected:
             raise ValueError(
-                f"{checkpoint.folder} holds {held} parameters; expected"
-                f" {self.model.num_parameters()[0]} as in the model"
+                f"{checkpoint.folder} holds {held} parameters; expected {expected} as in the model"
             )
         self.progress = Progress(**checkpoint.state["progress"])
         self.engine.write(checkpoint.read, checkpoint.state["num_updates"])
+        for name, values in buffers.items():
+            values.copy_(checkpoint.read(name, 0, len(values)).master)
         if self.dims.rank in checkpoint.rng:
             torch.set_rng_state(checkpoint.rng[self.dims.rank])
 
