@@ -85,7 +85,7 @@ def build_block(
     return MoEBlock(
         gate,
         experts,
-        Dispatcher(dims, num_experts),
+        Dispatcher(dims, num_experts, layer),
         context,
         config.balance_loss_coef > 0,
         getattr(block, "shared_experts", None),

@@ -31,8 +31,8 @@ def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.opti
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Matrices decay; norms and biases do not."""
-    return parameter.ndim >= 2
+    """Matrices decay; norms, biases and what is frozen do not."""
+    return parameter.ndim >= 2 and not getattr(parameter, "is_frozen", False)
 
 
 def lr_at(phase: PhaseConfig, phase_step: int) -> float:

@@ -30,6 +30,7 @@ from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
+from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import build_adamw, decays, lr_at
 from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
 from gossamer.trainer.proof import trainer_state_hash
@@ -104,6 +105,12 @@ class Session:
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
         self._rollout_statistics: RolloutStatistics | None = None
         self._clock_s = self._wait_s = 0.0
+        moe = config.model.moe
+        self._trace = (
+            RoutingTrace(place.run_dir / moe.trace_path, self.dims.rank, moe.trace_steps)
+            if moe.trace_path
+            else None
+        )
         if self._is_first_rank:
             self._events = EventLog(place.run_dir)
             self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
@@ -158,7 +165,7 @@ class Session:
         batch, self._rollout_statistics = self._feed.draw(phase, self.progress.phase_step)
         self._wait_s = time.perf_counter() - start_s
         lr = lr_at(phase, self.progress.phase_step)
-        result = update(self.model, self.engine, self.dims, batch, lr, self.config)
+        result = update(self.model, self.engine, self.dims, batch, lr, self.config, self._trace)
         self.progress.step += 1
         self.progress.phase_step += 1
         return result
@@ -205,7 +212,7 @@ class Session:
         step_s, self._clock_s = now_s - self._clock_s, now_s
         fields = asdict(result)
         if self.progress.step % self.config.metrics.expert_load_every_steps:
-            del fields["expert_load"]
+            del fields["expert_load"], fields["layers"]
         if self._rollout_statistics is not None:
             fields |= asdict(self._rollout_statistics)
         self._event(

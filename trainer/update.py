@@ -17,6 +17,9 @@ from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.losses import next_token_loss_sum
 from gossamer.trainer.model import MoEModel
+from gossamer.trainer.moe.block import StepContext
+from gossamer.trainer.moe.losses import load_metrics
+from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.rl.grpo import PolicyBatch, policy_loss
 from gossamer.trainer.tokenizer import PAD_ID
 from torch import Tensor
@@ -29,6 +32,9 @@ class UpdateResult:
     loss: float
     """Mean over weighted tokens: nats for next_token, the surrogate for grpo."""
     balance_loss: float
+    """Sum over layers, 1 a layer when balanced."""
+    z_loss: float
+    """Sum over layers of the mean of logsumexp(logits)^2; 0 when its coefficient is 0."""
     grad_norm: float
     """Before clipping."""
     tokens: int
@@ -39,6 +45,9 @@ class UpdateResult:
     clip_share: float
     expert_load: list[list[int]]
     """Tokens per expert (logical order) of each layer."""
+    layers: dict[str, list[float]]
+    """Of each layer: load_max_over_mean; load_entropy, 1 = even; dead_experts, those without a
+    token; router_z, the mean of logsumexp(logits)^2."""
 
 
 def update(
@@ -48,47 +57,88 @@ def update(
     batch: TokenBatch,
     lr: float,
     config: TrainConfig,
+    trace: RoutingTrace | None = None,
 ) -> UpdateResult:
     """Forward, backward and step on the whole batch, of which this rank computes its rows."""
+    step = engine.num_updates
+    for block in model.blocks:
+        block.begin_step(step)
     mine = batch.split(dims.rank, dims.world_size)
     num_micro = -(-len(mine.token_ids_BS) // config.micro_rows)
     weight_sum = float(batch.weights_BS.double().sum())
-    sums = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     load_LE = torch.zeros(len(model.blocks), model.blocks[0].num_experts, dtype=torch.int64)
+    z_L = torch.zeros(len(model.blocks), dtype=torch.float64)
+    z_coef = config.model.moe.z_loss_coef
     for index in range(num_micro):
         part = mine.split(index, num_micro)
-        loss_sum, balance, measured = _forward(model, engine, part, config)
+        first_row = dims.rank * len(mine.token_ids_BS) + index * len(part.token_ids_BS)
+        _set_context(model.context, part, first_row, step, config)
+        loss_sum, balance, z_loss, measured = _forward(model, engine, part, config)
         share = loss_sum / weight_sum + config.model.balance_loss_coef * balance / num_micro
+        if z_coef:
+            share = share + z_coef * z_loss / num_micro
         engine.backward(share, is_last=index == num_micro - 1)
-        sums += torch.stack([loss_sum.detach(), balance.detach() / num_micro, *measured]).double()
-        load_LE += torch.stack([block.statistics.count_E for block in model.blocks])
-    dist.all_reduce(sums)
-    dist.all_reduce(load_LE)
+        balances = [balance.detach() / num_micro, z_loss.detach() / num_micro]
+        sums += torch.stack([loss_sum.detach(), *balances, *measured]).double()
+        for layer, block in enumerate(model.blocks):
+            block.end_micro_batch()
+            load_LE[layer] += block.statistics.count_E
+            z_L[layer] += block.statistics.z_sum
+        if trace is not None:
+            trace.write(step, model.module)
+    for tensor in (sums, load_LE, z_L):
+        dist.all_reduce(tensor)
     grad_norm = engine.step(lr, config.optim.max_norm)
-    loss_sum, balance, ratio_sum, clipped = sums.tolist()
+    for block, load_E in zip(model.blocks, load_LE, strict=True):
+        block.gate.end_step(load_E)
+    loss_sum, balance, z_loss, ratio_sum, clipped = sums.tolist()
+    tokens = int((batch.token_ids_BS != PAD_ID).sum())
     return UpdateResult(
         loss=loss_sum / weight_sum,
         balance_loss=balance,
+        z_loss=z_loss,
         grad_norm=grad_norm,
-        tokens=int((batch.token_ids_BS != PAD_ID).sum()),
+        tokens=tokens,
         learned_tokens=int((batch.weights_BS != 0).sum()),
         mean_ratio=ratio_sum / weight_sum,
         clip_share=clipped / weight_sum,
         expert_load=load_LE.tolist(),
+        layers=_layer_metrics(load_LE, z_L / max(tokens, 1)),
     )
+
+
+def _layer_metrics(load_LE: Tensor, mean_z_L: Tensor) -> dict[str, list[float]]:
+    loads = [load_metrics(load_E) for load_E in load_LE]
+    metrics = {name: [load[name] for load in loads] for name in loads[0]}
+    return metrics | {"router_z": mean_z_L.tolist()}
+
+
+def _set_context(
+    context: StepContext, part: TokenBatch, first_row: int, step: int, config: TrainConfig
+) -> None:
+    """first_row: of this micro-batch, in the global batch."""
+    moe = config.model.moe
+    context.is_real_T = (part.token_ids_BS != PAD_ID).flatten()
+    context.token_T = first_row * part.token_ids_BS.shape[1] + torch.arange(
+        part.token_ids_BS.numel()
+    )
+    context.sequence_T = (part.position_ids_BS.flatten() == 0).cumsum(0) - 1
+    context.step, context.balance_scope = step, moe.balance_scope
+    context.has_z_loss = moe.z_loss_coef > 0
 
 
 def _forward(
     model: MoEModel, engine: Engine, part: TokenBatch, config: TrainConfig
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """(loss sum, balance loss, (ratio sum, clipped tokens)) of one micro-batch."""
-    model.context.is_real_T = (part.token_ids_BS != PAD_ID).flatten()
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """(loss sum, balance loss, z-loss, (ratio sum, clipped tokens)) of one micro-batch."""
     logits_BSV = engine.module(
         input_ids=part.token_ids_BS, position_ids=part.position_ids_BS, use_cache=False
     ).logits
     zero = logits_BSV.new_zeros(())
     balance = torch.stack([block.statistics.balance_loss for block in model.blocks]).sum()
+    z_loss = torch.stack([block.statistics.z_loss for block in model.blocks]).sum()
     if isinstance(part, PolicyBatch):
         policy = policy_loss(logits_BSV, part, config.rl)
-        return policy.loss_sum, balance, (policy.ratio_sum, policy.clipped_sum)
-    return next_token_loss_sum(logits_BSV, part), balance, (zero, zero)
+        return policy.loss_sum, balance, z_loss, (policy.ratio_sum, policy.clipped_sum)
+    return next_token_loss_sum(logits_BSV, part), balance, z_loss, (zero, zero)

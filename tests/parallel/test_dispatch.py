@@ -27,7 +27,7 @@ TOPOLOGIES = {"EP=1": (4, 1), "EP=2": (2, 2), "EP=4": (1, 4)}
 class FirstExpertsRouter(TopKSoftmaxRouter):
     """Every token goes to experts 0, 1, 2: with EP=4 the last two ranks are sent nothing."""
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, token_T: Tensor) -> Routing:
         probability_TE = (x_TD @ self.weight.T).softmax(-1)
         expert_TK = torch.arange(K).expand(len(x_TD), K)
         weight_TK = probability_TE.gather(1, expert_TK)

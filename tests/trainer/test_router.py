@@ -21,7 +21,7 @@ def close(*numbers: float):
 
 
 def test_by_hand():
-    routing = build(WEIGHT_ED, 2, False)(X_TD)
+    routing = build(WEIGHT_ED, 2, False)(X_TD, torch.arange(2))
     assert routing.probability_TE[0].tolist() == close(0.1, 0.2, 0.5, 0.2)
     # the second token's logits are negated: 1, 1/2, 1/5, 1/2 of 2.2
     assert routing.probability_TE[1].tolist() == close(1 / 2.2, 0.5 / 2.2, 0.2 / 2.2, 0.5 / 2.2)
@@ -31,7 +31,7 @@ def test_by_hand():
 
 
 def test_renormalised_weights_add_up_to_one():
-    routing = build(WEIGHT_ED, 2, True)(X_TD)
+    routing = build(WEIGHT_ED, 2, True)(X_TD, torch.arange(2))
     assert routing.weight_TK.flatten().tolist() == close(5 / 7, 2 / 7, 2 / 3, 1 / 3)
     assert routing.probability_TE[0].tolist() == close(0.1, 0.2, 0.5, 0.2)  # as they were
 
@@ -44,7 +44,7 @@ def test_against_a_loop_over_tokens(top_k, is_renormalised, dtype):
     generator = torch.Generator().manual_seed(4)
     x_TD = torch.randn(20, 7, generator=generator, dtype=torch.float64).to(dtype)
     weight_ED = torch.randn(6, 7, generator=generator, dtype=torch.float64).to(dtype)
-    routing = build(weight_ED, top_k, is_renormalised)(x_TD)
+    routing = build(weight_ED, top_k, is_renormalised)(x_TD, torch.arange(20))
     assert routing.weight_TK.dtype == torch.promote_types(dtype, torch.float32)
     bound = 1e-14 if dtype == torch.float64 else 1e-6
     for t in range(20):
@@ -60,5 +60,5 @@ def test_against_a_loop_over_tokens(top_k, is_renormalised, dtype):
 
 
 def test_huge_logits_stay_finite():
-    routing = build(WEIGHT_ED * 1e4, 2, True)(X_TD)
+    routing = build(WEIGHT_ED * 1e4, 2, True)(X_TD, torch.arange(2))
     assert routing.weight_TK.isfinite().all() and routing.probability_TE.isfinite().all()

@@ -1,11 +1,8 @@
 """The MoE block: route, dispatch, experts, combine; takes the place of a Hugging Face MoE block.
 
 The one idea: the block holds only its rank's experts and knows nothing of ranks; the dispatcher
-brings the tokens. What the step needs besides the output (balance loss, expert load) is left in
-`statistics`, to be collected after the forward pass.
-
-Balance loss: Switch Transformer (arXiv 2101.03961), with the token counts of the whole step's
-ranks ("global batch" scope, arXiv 2501.11873), so that it is the same under any EP and DP.
+brings the tokens. What the step needs besides the output (losses, expert load) is left in
+`statistics`, to be collected after the forward pass; a second one (recompute) leaves the same.
 
 Shapes: B rows, S positions, T = B * S tokens, K slots, E experts, D hidden.
 """
@@ -18,7 +15,8 @@ import torch
 import torch.distributed as dist
 from gossamer.parallel.dispatch import Dispatcher
 from gossamer.trainer.moe.experts import GroupedExperts
-from gossamer.trainer.moe.router import Router
+from gossamer.trainer.moe.losses import balance_loss, sequence_balance_loss, squared_logsumexp
+from gossamer.trainer.moe.router import Router, Routing
 from torch import Tensor, nn
 
 
@@ -28,6 +26,15 @@ class StepContext:
 
     is_real_T: Tensor | None = None
     """False for padding, which is routed but counts nowhere; None = all tokens count."""
+    token_T: Tensor | None = None
+    """Number of each token in the step's global batch, int64; None = counted from 0."""
+    sequence_T: Tensor | None = None
+    """Which of this micro-batch's documents each token is of; None = one document a row."""
+    step: int = 0
+    """Optimizer steps done."""
+    balance_scope: str = "global_batch"
+    """See MoEConfig."""
+    has_z_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,14 @@ class BlockStatistics:
     balance_loss: Tensor
     """This rank's share; the sum over ranks is E * sum_e f_e P_e of the whole micro-batch. 0 where
     the block was built without."""
+    z_loss: Tensor
+    """This rank's share, as above; 0 where the context asks for none."""
+    z_sum: Tensor
+    """Sum over tokens of logsumexp(logits)^2, without gradient."""
+    expert_TK: Tensor
+    """What was chosen, as the router put it; spare slots hold -1."""
+    total_E: Tensor
+    """count_E of all ranks; without losses this rank's."""
 
 
 class MoEBlock(nn.Module):
@@ -59,32 +74,96 @@ class MoEBlock(nn.Module):
         self.gate, self.experts = gate, experts
         self.shared_experts = shared_experts
         self.num_experts = dispatcher.num_experts
-        self._dispatcher, self._context = dispatcher, context
+        self.dispatcher, self._context = dispatcher, context
         self._has_balance_loss = has_balance_loss
+        self._earlier_E: Tensor | None = None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routing = self.gate(x_TD)
-        self.statistics = self._measure(routing.expert_TK, routing.probability_TE)
-        x_RD, count_e, route = self._dispatcher.dispatch(x_TD, routing.expert_TK)
-        y_TKD = self._dispatcher.combine(self.experts(x_RD, count_e), route)
+        routing = self.gate(x_TD, self._token_numbers(x_TD))
+        self.statistics = self._measure(routing, rows=x_BSD.shape[0])
+        kept_TK = self.dispatcher.kept(
+            routing.expert_TK,
+            routing.weight_TK,
+            self._context.step,
+            self._context.is_real_T,
+            routing.is_used_TK,
+        )
+        x_RD, count_e, route = self.dispatcher.dispatch(x_TD, routing.expert_TK, kept_TK)
+        y_TKD = self.dispatcher.combine(self.experts(x_RD, count_e), route)
         # summed in slot order: placement changes no bit
         y_TD = (y_TKD * routing.weight_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)
         y_BSD = y_TD.view_as(x_BSD)
         return y_BSD if self.shared_experts is None else y_BSD + self.shared_experts(x_BSD)
 
-    def _measure(self, expert_TK: Tensor, probability_TE: Tensor) -> BlockStatistics:
-        is_real_T = self._context.is_real_T
+    def begin_step(self, step: int) -> None:
+        """Before the first micro-batch of optimizer step `step`."""
+        self.gate.train()
+        self.gate.begin_step(step)
+        self._earlier_E = None
+
+    def end_micro_batch(self) -> None:
+        """After its backward pass: later ones of the step balance against its load, too."""
+        total_E = self.statistics.total_E
+        self._earlier_E = total_E if self._earlier_E is None else self._earlier_E + total_E
+
+    def _token_numbers(self, x_TD: Tensor) -> Tensor:
+        token_T = self._context.token_T
+        return torch.arange(len(x_TD), device=x_TD.device) if token_T is None else token_T
+
+    def _measure(self, routing: Routing, rows: int) -> BlockStatistics:
+        context, expert_TK = self._context, routing.expert_TK
+        probability_TE, logits_TE = routing.probability_TE, routing.logits_TE
+        sequence_T = context.sequence_T
+        if sequence_T is None:
+            places = torch.arange(len(expert_TK), device=expert_TK.device)
+            sequence_T = places // max(1, len(expert_TK) // max(1, rows))
+        if routing.is_used_TK is not None:
+            expert_TK = expert_TK.masked_fill(~routing.is_used_TK, -1)
+        is_real_T = context.is_real_T
         if is_real_T is not None:
-            expert_TK, probability_TE = expert_TK[is_real_T], probability_TE[is_real_T]
-        count_E = torch.bincount(expert_TK.flatten(), minlength=self.num_experts)
-        if not self._has_balance_loss:
-            return BlockStatistics(count_E, probability_TE.new_zeros(()))
-        total_E = count_E.clone()
-        if dist.is_initialized():
-            dist.all_reduce(total_E)
-        slots = total_E.sum().clamp(min=1)
-        tokens = (slots // expert_TK.shape[1]).clamp(min=1)  # no real token anywhere: 0, not NaN
-        share_E = total_E.to(probability_TE.dtype) / slots
-        loss = self.num_experts * (share_E * probability_TE.sum(0)).sum() / tokens
-        return BlockStatistics(count_E, loss)
+            expert_TK, sequence_T = expert_TK[is_real_T], sequence_T[is_real_T]
+            probability_TE, logits_TE = probability_TE[is_real_T], logits_TE[is_real_T]
+        chosen = expert_TK.flatten()
+        if routing.is_used_TK is not None:
+            chosen = chosen[chosen >= 0]
+        count_E = torch.bincount(chosen, minlength=self.num_experts)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and context.has_z_loss):
+            z_sum = squared_logsumexp(logits_TE)
+        balance, z_loss, total_E = z_sum.new_zeros(()), z_sum.new_zeros(()), count_E
+        if self._has_balance_loss or context.has_z_loss:
+            summed = torch.cat([count_E, count_E.new_tensor([len(expert_TK)])])
+            if dist.is_initialized():
+                dist.all_reduce(summed)
+            total_E, tokens = summed[:-1], summed[-1].clamp(min=1)  # no token anywhere: 0, not NaN
+            if self._has_balance_loss:
+                balance = self._balance(
+                    expert_TK, count_E, total_E, probability_TE, sequence_T, tokens
+                )
+            if context.has_z_loss:
+                z_loss = z_sum / tokens
+        return BlockStatistics(count_E, balance, z_loss, z_sum.detach(), expert_TK, total_E)
+
+    def _balance(
+        self,
+        expert_TK: Tensor,
+        count_E: Tensor,
+        total_E: Tensor,
+        probability_TE: Tensor,
+        sequence_T: Tensor,
+        tokens: Tensor,
+    ) -> Tensor:
+        scope = self._context.balance_scope
+        if scope == "sequence":
+            num_sequences = int(sequence_T.max()) + 1 if len(sequence_T) else 0
+            place_TK = sequence_T.unsqueeze(1) * self.num_experts + expert_TK
+            count_N = torch.bincount(
+                place_TK[expert_TK >= 0], minlength=num_sequences * self.num_experts
+            )
+            count_QE = count_N.view(num_sequences, self.num_experts)
+            return sequence_balance_loss(count_QE, probability_TE, sequence_T, tokens)
+        load_E = count_E
+        if scope == "global_batch":
+            load_E = total_E if self._earlier_E is None else total_E + self._earlier_E
+        share_E = load_E.to(probability_TE.dtype) / load_E.sum().clamp(min=1)
+        return balance_loss(share_E, probability_TE, tokens)

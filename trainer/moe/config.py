@@ -103,7 +103,8 @@ class MoEConfig:
     smoe_dropout: GrowingKConfig = field(default_factory=GrowingKConfig)
     """SMoE-Dropout's schedule."""
     trace_path: str | None = None
-    """Folder that every rank writes router_trace_rank{rank}.jsonl to; None = no trace."""
+    """Folder, in the run's unless absolute, that every rank writes router_trace_rank{rank}.jsonl
+    to; None = no trace."""
     trace_steps: int = 100
     """The trace ends after this optimizer step."""
 

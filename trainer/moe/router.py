@@ -20,6 +20,8 @@ from torch.nn import functional as F
 ROUTERS = {
     "topk_softmax": "gossamer.trainer.moe.routers.topk_softmax:TopKSoftmaxRouter",
     "sigmoid_bias": "gossamer.trainer.moe.routers.sigmoid_bias:SigmoidBiasRouter",
+    "dense_to_sparse": "gossamer.trainer.moe.routers.dense_to_sparse:DenseToSparseRouter",
+    "smoe_dropout": "gossamer.trainer.moe.routers.smoe_dropout:SMoEDropoutRouter",
 }
 """Each is built as `build(weight_ED, spec)`, spec being a RouterSpec."""
 
@@ -59,13 +61,19 @@ class Routing:
     """Scores over all experts, adding up to 1, that the balance loss is taken of."""
     logits_TE: Tensor
     """What the z-loss is taken of."""
+    is_used_TK: Tensor | None = None
+    """False for slots of weight 0 that only fill up to K, and count nowhere; None = all are."""
 
 
 class Router(Protocol):
     """A module that routes. Its parameters and buffers keep the checkpoint's names."""
 
-    def __call__(self, x_TD: Tensor) -> Routing:
-        """Routes T tokens; differentiable in weight_TK and probability_TE."""
+    def __call__(self, x_TD: Tensor, token_T: Tensor) -> Routing:
+        """Routes T tokens; differentiable in weight_TK and probability_TE.
+
+        token_T: the number of each token in the step's global batch, int64, to draw noise by.
+        Whether it is training or being evaluated is `self.training`.
+        """
         ...
 
     def begin_step(self, step: int) -> None:
@@ -88,8 +96,13 @@ class LinearRouter(nn.Module):
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """logits_TE, in float32 whatever the model's dtype; float64 stays float64."""
+        return self.logits_of(x_TD, self.weight)
+
+    @staticmethod
+    def logits_of(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        """As `logits`, of another weight."""
         dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(dtype), self.weight.to(dtype))
+        return F.linear(x_TD.to(dtype), weight_ED.to(dtype))
 
     def begin_step(self, step: int) -> None:
         """See Router."""

@@ -40,7 +40,7 @@ class SigmoidBiasRouter(LinearRouter):
         bias_E = torch.zeros(self.num_experts) if given is None else given.detach().float().clone()
         self.register_buffer("e_score_correction_bias", bias_E.to(weight_ED.device))
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, token_T: Tensor) -> Routing:
         logits_TE = self.logits(x_TD)
         score_TE = logits_TE.sigmoid()
         choice_TE = self._within_best_groups(score_TE.detach() + self.e_score_correction_bias)

@@ -13,7 +13,7 @@ from torch import Tensor
 class TopKSoftmaxRouter(LinearRouter):
     """See the module."""
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, token_T: Tensor) -> Routing:
         logits_TE = self.logits(x_TD)
         probability_TE = logits_TE.softmax(dim=-1)
         if self.spec.moe.softmax_after_topk:
