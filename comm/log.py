@@ -180,7 +180,7 @@ class WeightLog:
         Raises GoneError where it is missing, LogError where it is another, SignatureError.
         """
         try:
-            data = self.store.get(ref.name)
+            data = self.store.get(ref.name, 0, ref.nbytes + 1)
         except FileNotFoundError as error:
             self.avoid([ref])
             self._manifests.clear()  # its own is likely to be gone as well
