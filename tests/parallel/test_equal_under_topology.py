@@ -3,7 +3,7 @@
 import pytest
 import torch
 from gloo_world import run_world
-from gossamer.parallel.config import ParallelConfig
+from gossamer.parallel.config import DispatchConfig, ParallelConfig
 from gossamer.parallel.dims import build_dims
 from gossamer.parallel.engine import Owned
 from gossamer.trainer.batch import TokenBatch
@@ -30,8 +30,13 @@ HF = {
 }
 
 
-def config_for(data: int, expert: int, zero_stage: int, micro_rows: int) -> TrainConfig:
-    """The balance loss looks at a whole micro-batch, so it is on where there is only one."""
+def config_for(
+    data: int, expert: int, zero_stage: int, micro_rows: int, levels: int = 1
+) -> TrainConfig:
+    """The balance loss looks at a whole micro-batch, so it is on where there is only one.
+
+    Half an expert group is a node.
+    """
     balance_loss_coef = 0.01 if micro_rows == 8 else 0.0
     return TrainConfig(
         phases=(PhaseConfig(name="pretrain", kind="next_token", max_steps=2, lr=1e-2),),
@@ -39,7 +44,12 @@ def config_for(data: int, expert: int, zero_stage: int, micro_rows: int) -> Trai
         data=DataConfig(task_share=0.0),
         optim=OptimConfig(max_norm=0.0),
         micro_rows=micro_rows,
-        parallel=ParallelConfig(data=data, expert=expert, zero_stage=zero_stage),
+        parallel=ParallelConfig(
+            data=data,
+            expert=expert,
+            zero_stage=zero_stage,
+            dispatch=DispatchConfig(levels=levels, ranks_per_node=max(1, expert // 2)),
+        ),
     )
 
 
@@ -56,11 +66,13 @@ def fixed_batch(num_rows: int) -> TokenBatch:
     )
 
 
-def train_on(data: int, expert: int, zero_stage: int, num_rows: int, micro_rows: int) -> dict:
+def train_on(
+    data: int, expert: int, zero_stage: int, num_rows: int, micro_rows: int, levels: int = 1
+) -> dict:
     """Losses of two updates, norm, expert load, and this rank's rows of first-update moments."""
     from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 
-    config = config_for(data, expert, zero_stage, micro_rows)
+    config = config_for(data, expert, zero_stage, micro_rows, levels)
     dims = build_dims(config.parallel)
     model = build_model(config.model, hf_config(config.model, {}), dims, seed=3)
     engine = DeepSpeedEngine(
@@ -116,12 +128,37 @@ def reference() -> dict:
     return {**ranks[0], "gradients": whole_tensors(ranks, 4), "masters": whole_tensors(ranks, 3)}
 
 
-@pytest.mark.parametrize(
-    ("data", "expert", "zero_stage"),
-    [(1, 1, 1), (1, 2, 0), (1, 2, 1), (1, 2, 2), (2, 1, 1), (2, 2, 1), (1, 4, 1)],
-)
-def test_same_loss_and_gradients_as_one_rank(reference, data, expert, zero_stage):
-    ranks = run_world(train_on, data * expert, data, expert, zero_stage, 8, 8)
+def train_on_all(world_size: int) -> dict:
+    """Every topology of this world, one engine after another in the same processes."""
+    return {
+        f"{expert}/{zero_stage}/{levels}": train_on(
+            world_size // expert, expert, zero_stage, 8, 8, levels
+        )
+        for expert in (1, 2, 4)
+        if world_size // expert in (1, 2) and expert * (world_size // expert) == world_size
+        for zero_stage in (0, 1, 2)
+        for levels in ((1, 2) if expert > 1 else (1,))
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+def test_same_loss_and_gradients_as_one_rank(reference, world_size):
+    """EP in {1, 2, 4} x DP in {1, 2} x ZeRO {0, 1, 2} x one or two levels of dispatch."""
+    ranks = run_world(train_on_all, world_size, world_size)
+    for case in ranks[0]:
+        found = [rank[case] for rank in ranks]
+        check_against(reference, found)
+        expert, zero_stage, levels = case.split("/")
+        if levels == "2":  # dispatch in two steps changes no bit
+            one_level = [rank[f"{expert}/{zero_stage}/1"] for rank in ranks]
+            assert found[0]["losses"] == one_level[0]["losses"]
+            for which in (3, 4):
+                whole = whole_tensors(one_level, which)
+                for name, tensor in whole_tensors(found, which).items():
+                    assert torch.equal(tensor, whole[name]), (case, name)
+
+
+def check_against(reference: dict, ranks: list[dict]) -> None:
     for rank in ranks:
         assert rank["losses"] == pytest.approx(reference["losses"], rel=1e-6)
         assert rank["balance"] == pytest.approx(reference["balance"], rel=1e-6)
@@ -135,13 +172,19 @@ def test_same_loss_and_gradients_as_one_rank(reference, data, expert, zero_stage
         assert (masters[name] - reference["masters"][name]).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])
-def test_rows_that_do_not_divide_over_ranks_and_micro_batches(zero_stage):
+def train_in_micro_batches() -> dict:
+    return {str(zero_stage): train_on(1, 2, zero_stage, 7, 2) for zero_stage in (0, 1)}
+
+
+def test_rows_that_do_not_divide_over_ranks_and_micro_batches():
     """7 rows, 2 at a time, on 2 ranks: the missing rows are padding and count nowhere."""
     one = run_world(train_on, 1, 1, 1, 0, 7, 7)
-    two = run_world(train_on, 2, 1, 2, zero_stage, 7, 2)
-    assert two[0]["losses"] == pytest.approx(one[0]["losses"], rel=1e-6)
-    assert torch.equal(two[0]["load"], one[0]["load"])
     expected = whole_tensors(one, 4)
-    for name, gradient in whole_tensors(two, 4).items():
-        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+    ranks = run_world(train_in_micro_batches, 2)
+    for zero_stage in ranks[0]:
+        two = [rank[zero_stage] for rank in ranks]
+        assert two[0]["losses"] == pytest.approx(one[0]["losses"], rel=1e-6)
+        assert torch.equal(two[0]["load"], one[0]["load"])
+        for name, gradient in whole_tensors(two, 4).items():
+            difference = (gradient - expected[name]).norm()
+            assert difference <= 1e-5 * expected[name].norm(), name
