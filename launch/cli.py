@@ -58,9 +58,27 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)
     command.set_defaults(run=_export)
+    _add_upcycle(commands.add_parser("upcycle", help="make a dense HF folder's MLPs into experts"))
     add_log_commands(commands.add_parser("log", help="look at a weight log, tend it, pass it on"))
     _add_bench(commands.add_parser("bench", help="measure, beside what others do"))
     return parser
+
+
+def _add_upcycle(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", type=Path, metavar="IN", help="HF folder of a dense model")
+    command.add_argument("out", type=Path, metavar="OUT", help="HF folder that is written")
+    command.add_argument("--experts", type=int, required=True, metavar="N", help="of a layer")
+    command.add_argument("--top-k", type=int, required=True, metavar="K", help="of a token")
+    command.add_argument("--noise", type=float, default=0.0, metavar="S", help="relative std")
+    command.add_argument(
+        "--granularity",
+        type=int,
+        default=1,
+        metavar="G",
+        help="experts that one copy of the MLP is cut into; divides N and K",
+    )
+    command.add_argument("--seed", type=int, default=0, help="of the router and the noise")
+    command.set_defaults(run=_upcycle)
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
@@ -122,6 +140,19 @@ def _export(arguments: argparse.Namespace) -> None:
     from gossamer.launch.export import export_run
 
     print(export_run(_load_run(arguments.run_dir), arguments.run_dir.resolve(), arguments.out))
+
+
+def _upcycle(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.upcycle import Upcycling, upcycle
+
+    plan = Upcycling(
+        experts=arguments.experts,
+        top_k=arguments.top_k,
+        granularity=arguments.granularity,
+        noise=arguments.noise,
+        seed=arguments.seed,
+    )
+    print(upcycle(arguments.source, arguments.out, plan))
 
 
 def _bench_sync(arguments: argparse.Namespace) -> None:

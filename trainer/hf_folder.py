@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -43,30 +43,31 @@ class HFFolder:
             raise FileNotFoundError(f"{folder} has neither {WHOLE} nor {INDEX}; expected one")
         self.names = self._file_by_name.keys()
 
-    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fills `tensors`, in their own dtypes, from the tensors of the same names."""
+    def tensors(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, file by file, each read when it is asked for."""
         names_by_file: dict[str, list[str]] = defaultdict(list)
-        for name in tensors:
+        for name in names:
             if name not in self._file_by_name:
                 raise ValueError(f"{self.folder} holds no tensor {name}, which the model has")
             names_by_file[self._file_by_name[name]].append(name)
-        for file, names in names_by_file.items():
+        for file, held in names_by_file.items():
             try:
                 with safe_open(self.folder / file, framework="pt") as shard:
-                    for name in names:
-                        self._copy(tensors[name], shard.get_tensor(name), name)
+                    for name in held:
+                        yield name, _unquantised(shard.get_tensor(name), name)
             except SafetensorError as error:
                 raise ValueError(f"{self.folder / file} cannot be read: {error}") from error
 
-    def _copy(self, target: Tensor, found: Tensor, name: str) -> None:
-        if found.shape != target.shape:
-            raise ValueError(
-                f"{self.folder} holds {name} of shape {tuple(found.shape)}; the config says"
-                f" {tuple(target.shape)}"
-            )
-        if not found.is_floating_point() or found.itemsize == 1:
-            raise ValueError(f"{self.folder} holds {name} as {found.dtype}; expected bf16 or wider")
-        target.copy_(found)
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fills `tensors`, in their own dtypes, from the tensors of the same names."""
+        for name, found in self.tensors(tensors):
+            target = tensors[name]
+            if found.shape != target.shape:
+                raise ValueError(
+                    f"{self.folder} holds {name} of shape {tuple(found.shape)}; the config says"
+                    f" {tuple(target.shape)}"
+                )
+            target.copy_(found)
 
     def _keys(self, file: str) -> list[str]:
         try:
@@ -74,6 +75,12 @@ class HFFolder:
                 return list(shard.keys())
         except SafetensorError as error:
             raise ValueError(f"{self.folder / file} cannot be read: {error}") from error
+
+
+def _unquantised(tensor: Tensor, name: str) -> Tensor:
+    if not tensor.is_floating_point() or tensor.itemsize == 1:
+        raise ValueError(f"{name} is {tensor.dtype} in its file; expected bfloat16 or wider")
+    return tensor
 
 
 def write_shards(

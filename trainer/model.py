@@ -189,10 +189,16 @@ def export_hf(
     if write_tokenizer is not None:
         write_tokenizer(folder)
     write_shards(folder, weights.items())
+    dtype = next(t.dtype for name, t in weights.items() if name.endswith("weight"))
+    write_config(folder, config, dtype)
+
+
+def write_config(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> None:
+    """Writes config.json, last of all files: a folder without it is no model."""
     with torch.device("meta"):
-        architecture = type(AutoModelForCausalLM.from_config(config)).__name__
-    dtype = str(next(t.dtype for n, t in weights.items() if n.endswith("weight")))[6:]
-    described = config.to_dict() | {"architectures": [architecture], "dtype": dtype}
-    # last: a folder without it is no model
-    (folder / ".config.json").write_text(json.dumps(described, indent=2, sort_keys=True))
+        architecture = type(AutoModelForCausalLM.from_config(copy.deepcopy(config))).__name__
+    own = {"architectures": [architecture], "dtype": str(dtype).removeprefix("torch.")}
+    (folder / ".config.json").write_text(
+        json.dumps(config.to_dict() | own, indent=2, sort_keys=True)
+    )
     (folder / ".config.json").replace(folder / "config.json")

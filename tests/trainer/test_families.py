@@ -168,7 +168,7 @@ def test_a_rank_does_not_read_the_experts_of_another(family, tmp_path):
         ("no_tensor", r"lacks model\.norm\.weight and 0 more tensors"),
         ("strange", r"holds, and the model does not, strange\.weight"),
         ("shape", r"holds model\.norm\.weight of shape \(9,\); the config says \(32,\)"),
-        ("fp8", r"holds model\.norm\.weight as torch\.float8_e4m3fn; expected bf16 or wider"),
+        ("fp8", r"norm\.weight is torch\.float8_e4m3fn in its file; expected bfloat16 or wider"),
         ("nothing", r"has neither model\.safetensors nor model\.safetensors\.index\.json"),
         ("quantised", r"model is quantised"),
     ],
