@@ -17,7 +17,7 @@ from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.losses import next_token_loss_sum
 from gossamer.trainer.model import MoEModel
-from gossamer.trainer.moe.block import StepContext
+from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.losses import load_metrics
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.rl.grpo import PolicyBatch, policy_loss
@@ -47,7 +47,8 @@ class UpdateResult:
     """Tokens per expert (logical order) of each layer."""
     layers: dict[str, list[float]]
     """Of each layer: load_max_over_mean; load_entropy, 1 = even; dead_experts, those without a
-    token; router_z, the mean of logsumexp(logits)^2."""
+    token; router_z, the mean of logsumexp(logits)^2; dropped_share, of (token, slot) pairs; bytes
+    that dispatch and combine sent over all ranks, bytes_in_node and bytes_across nodes."""
 
 
 def update(
@@ -87,7 +88,8 @@ def update(
             z_L[layer] += block.statistics.z_sum
         if trace is not None:
             trace.write(step, model.module)
-    for tensor in (sums, load_LE, z_L):
+    traffic_L4 = torch.tensor([_traffic(block) for block in model.blocks])
+    for tensor in (sums, load_LE, z_L, traffic_L4):
         dist.all_reduce(tensor)
     grad_norm = engine.step(lr, config.optim.max_norm)
     for block, load_E in zip(model.blocks, load_LE, strict=True):
@@ -104,14 +106,28 @@ def update(
         mean_ratio=ratio_sum / weight_sum,
         clip_share=clipped / weight_sum,
         expert_load=load_LE.tolist(),
-        layers=_layer_metrics(load_LE, z_L / max(tokens, 1)),
+        layers=_layer_metrics(load_LE, z_L / max(tokens, 1), traffic_L4),
     )
 
 
-def _layer_metrics(load_LE: Tensor, mean_z_L: Tensor) -> dict[str, list[float]]:
+def _traffic(block: MoEBlock) -> tuple[int, int, int, int]:
+    """Of this rank since the step began: bytes in the node and across, pairs dropped and in all."""
+    sent = block.dispatcher.traffic.take()
+    in_node = sent.forward_in_node + sent.backward_in_node + sent.index_in_node
+    across = sent.forward_across + sent.backward_across + sent.index_across
+    return in_node, across, sent.dropped, sent.pairs
+
+
+def _layer_metrics(load_LE: Tensor, mean_z_L: Tensor, traffic_L4: Tensor) -> dict[str, list[float]]:
     loads = [load_metrics(load_E) for load_E in load_LE]
     metrics = {name: [load[name] for load in loads] for name in loads[0]}
-    return metrics | {"router_z": mean_z_L.tolist()}
+    in_node_L, across_L, dropped_L, pairs_L = traffic_L4.unbind(1)
+    return metrics | {
+        "router_z": mean_z_L.tolist(),
+        "dropped_share": (dropped_L / pairs_L.clamp(min=1)).tolist(),
+        "bytes_in_node": in_node_L.tolist(),
+        "bytes_across": across_L.tolist(),
+    }
 
 
 def _set_context(

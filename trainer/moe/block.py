@@ -101,6 +101,7 @@ class MoEBlock(nn.Module):
         self.gate.train()
         self.gate.begin_step(step)
         self._earlier_E = None
+        self.dispatcher.traffic.take()  # an evaluation's counts
 
     def end_micro_batch(self) -> None:
         """After its backward pass: later ones of the step balance against its load, too."""
