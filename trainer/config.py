@@ -378,9 +378,10 @@ class TrainConfig:
             self.task is not None or self.data.task_share == 0.0,
             f"data.task_share is {self.data.task_share} without a task; expected 0",
         )
-        experts = self.model.hf.get("num_experts")
-        _require(
-            not isinstance(experts, int) or experts % self.parallel.expert == 0,
-            f"parallel.expert={self.parallel.expert} does not divide"
-            f" num_experts={experts} of model.hf",
-        )
+        for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+            experts = self.model.hf.get(name)
+            _require(
+                not isinstance(experts, int) or experts % self.parallel.expert == 0,
+                f"parallel.expert={self.parallel.expert} does not divide"
+                f" {name}={experts} of model.hf",
+            )
