@@ -89,7 +89,7 @@ class ParallelConfig:
         if self.compute_dtype != "float32" and self.zero_stage == 0:
             raise ValueError(
                 f"parallel.compute_dtype={self.compute_dtype} needs zero_stage 1 or 2: at stage 0"
-                " DeepSpeed keeps no float32 masters that we could publish"
+                " DeepSpeed's Adam takes a step without gradients before the first"
             )
         per_node = self.dispatch.ranks_per_node
         if per_node is not None and self.expert % per_node and per_node % self.expert:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from gloo_world import run_world
-from gossamer.parallel.config import ParallelConfig
+from gossamer.parallel.config import DispatchConfig, ParallelConfig
 from gossamer.parallel.dims import ParallelDims, build_dims
 from gossamer.parallel.dispatch import Dispatcher
 from gossamer.trainer.moe.block import MoEBlock, StepContext
@@ -21,7 +21,7 @@ D, F, E, K = 5, 3, 8, 3
 TOKENS = (6, 0, 9, 4)
 """Of each rank."""
 BALANCE_COEF = 0.7
-TOPOLOGIES = {"EP=1": (4, 1), "EP=2": (2, 2), "EP=4": (1, 4)}
+TOPOLOGIES = {"EP=1": (4, 1), "EP=2": (2, 2), "EP=4": (1, 4), "EP=4 on 2 nodes": (1, 4)}
 
 
 class FirstExpertsRouter(TopKSoftmaxRouter):
@@ -105,7 +105,9 @@ def choices() -> Tensor:
 def every_case() -> dict:
     results = {}
     for name, (data, expert) in TOPOLOGIES.items():
-        dims = build_dims(ParallelConfig(data=data, expert=expert))
+        nodes = DispatchConfig(levels=2, ranks_per_node=2)
+        how = nodes if name.endswith("nodes") else DispatchConfig()
+        dims = build_dims(ParallelConfig(data=data, expert=expert, dispatch=how))
         group = dims.expert_group
         results[name] = {case: forward_backward(*CASES[case], dims) for case in CASES}
         results[name]["dispatched"] = dispatched(dims)
