@@ -23,13 +23,19 @@ from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
 from gossamer.parallel.engine import Owned
-from gossamer.trainer.checkpoint import Checkpoint, prune_checkpoints, write_checkpoint
+from gossamer.trainer.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    prune_checkpoints,
+    write_checkpoint,
+)
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data import task_source
 from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
+from gossamer.trainer.moe.diversify import diversified
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import build_adamw, decays, lr_at
 from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
@@ -161,6 +167,10 @@ class Session:
 
     def update(self, phase: PhaseConfig) -> UpdateResult:
         """Draws the next batch and learns from it."""
+        gate = self.config.model.moe.dense_to_sparse
+        is_evomoe = self.config.model.router == "dense_to_sparse"
+        if is_evomoe and 0 < gate.diversify_steps == self.engine.num_updates:
+            self._diversify(gate.masked_share)
         start_s = time.perf_counter()
         batch, self._rollout_statistics = self._feed.draw(phase, self.progress.phase_step)
         self._wait_s = time.perf_counter() - start_s
@@ -283,6 +293,13 @@ class Session:
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
             self._wandb.close()
+
+    def _diversify(self, masked_share: float) -> None:
+        """Copies the one expert trained so far to all, by way of a checkpoint."""
+        self.checkpoint()
+        whole = Checkpoint(list_checkpoints(self.place.run_dir / CHECKPOINTS)[-1])
+        read = diversified(whole.read, masked_share, self.config.seed)
+        self.engine.write(read, self.engine.num_updates)
 
     # --- parts ----------------------------------------------------------------------------------
 

@@ -9,9 +9,11 @@ from gloo_world import run_world
 from gossamer.parallel.config import ParallelConfig
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.batch import TokenBatch
+from gossamer.trainer.checkpoint import Checkpoint, write_checkpoint
 from gossamer.trainer.config import DataConfig, ModelConfig, OptimConfig, PhaseConfig, TrainConfig
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.config import DenseToSparseConfig, GrowingKConfig, MoEConfig
+from gossamer.trainer.moe.diversify import diversified
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.update import update
@@ -53,12 +55,12 @@ def fixed_batch() -> TokenBatch:
     )
 
 
-def train_on(router: str, data: int, expert: int, folder: str) -> dict:
+def build(router: str, moe: MoEConfig, data: int, expert: int) -> tuple:
     from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 
     config = TrainConfig(
         phases=(PhaseConfig(name="pretrain", kind="next_token", max_steps=2, lr=1e-2),),
-        model=ModelConfig(hf=HF, router=router, moe=CASES[router], balance_loss_coef=0.02),
+        model=ModelConfig(hf=HF, router=router, moe=moe, balance_loss_coef=0.02),
         data=DataConfig(task_share=0.0),
         optim=OptimConfig(max_norm=0.0),
         parallel=ParallelConfig(data=data, expert=expert),
@@ -74,6 +76,11 @@ def train_on(router: str, data: int, expert: int, folder: str) -> dict:
         lambda groups: build_adamw(groups, config.optim),
         decays,
     )
+    return model, engine, dims, config
+
+
+def train_on(router: str, data: int, expert: int, folder: str) -> dict:
+    model, engine, dims, config = build(router, CASES[router], data, expert)
     before = model.blocks[0].gate.weight.detach().clone()
     trace = RoutingTrace(Path(folder, f"{router}-{data}x{expert}"), dims.rank, 2)
     results = [
@@ -90,12 +97,37 @@ def train_on(router: str, data: int, expert: int, folder: str) -> dict:
     }
 
 
+def diversify(data: int, expert: int, folder: str) -> dict:
+    """Expert 0 is trained for a step, then copied; whole tensors before and after, and a loss."""
+    moe = MoEConfig(dense_to_sparse=DenseToSparseConfig(diversify_steps=1, masked_share=0.25))
+    model, engine, dims, config = build("dense_to_sparse", moe, data, expert)
+    first = update(model, engine, dims, fixed_batch(), 1e-2, config)
+    root = Path(folder, f"diversified-{data}x{expert}")
+    owned = engine.owned(with_moments=True)
+    before = Checkpoint(write_checkpoint(root, 1, 1, owned, {})[0])
+    engine.write(diversified(before.read, 0.25, seed=5), engine.num_updates)
+    owned = engine.owned(with_moments=True)
+    after = Checkpoint(write_checkpoint(root, 1, 2, owned, {})[0])
+    second = update(model, engine, dims, fixed_batch(), 1e-2, config)
+    names = [name for name in before.shapes if name.startswith("model.layers.1.mlp")]
+    tensors = {}
+    for name in names:
+        pair = [c.read(name, 0, c.shapes[name][0]) for c in (before, after)]
+        tensors[name] = [pair[0].master, pair[1].master, pair[1].moments["exp_avg_sq"]]
+    return {
+        "loads": [first.expert_load, second.expert_load],
+        "losses": [first.loss, second.loss],
+        "tensors": tensors,
+    }
+
+
 def train_all(world_size: int, folder: str) -> dict:
     experts = [e for e in (1, 2) if world_size % e == 0]
-    return {
+    found = {
         router: {f"EP={e}": train_on(router, world_size // e, e, folder) for e in experts}
         for router in CASES
     }
+    return found | {"diversified": diversify(world_size // experts[-1], experts[-1], folder)}
 
 
 @pytest.fixture(scope="module")
@@ -111,9 +143,10 @@ def reference(folder) -> dict:
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_same_as_on_one_rank(reference, world_size, folder):
     for rank in run_world(train_all, world_size, world_size, str(folder)):
-        for router, topologies in rank.items():
+        check_diversified(rank["diversified"], reference["diversified"])
+        for router in CASES:
             expected = reference[router]["EP=1"]
-            for topology, found in topologies.items():
+            for topology, found in rank[router].items():
                 where = (router, topology)
                 for mine, theirs in zip(found["losses"], expected["losses"], strict=True):
                     assert mine == pytest.approx(theirs, rel=1e-5), where
@@ -123,9 +156,37 @@ def test_the_same_as_on_one_rank(reference, world_size, folder):
                     assert mine == pytest.approx(theirs, rel=1e-5), where
                 for name, buffer in found["buffers"].items():
                     assert torch.equal(buffer, expected["buffers"][name]), (where, name)
-    one, two = (records(folder, "sigmoid_bias-1x1"), records(folder, "sigmoid_bias-1x2"))
-    if world_size == 2:
-        assert rows_of(one) == rows_of(two)
+    expert = f"{world_size // 2}x2"
+    one, many = (records(folder, f"sigmoid_bias-{case}") for case in ("1x1", expert))
+    assert rows_of(one) == rows_of(many)
+
+
+def check_diversified(found: dict, expected: dict) -> None:
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert found["loads"] == expected["loads"]
+    for name, tensors in expected["tensors"].items():
+        assert torch.equal(tensors[1] == 0, found["tensors"][name][1] == 0)
+
+
+def test_one_expert_becomes_all_each_with_a_mask(reference):
+    found = reference["diversified"]
+    tokens = ROWS * PLACES - 3
+    assert found["loads"][0] == [[tokens, 0, 0, 0]] * 2
+    assert all(sum(n > 0 for n in layer) > 1 for layer in found["loads"][1])
+    masks = []
+    for expert in range(4):
+        for projection in ("gate", "up", "down"):
+            name = f"model.layers.1.mlp.experts.{{}}.{projection}_proj.weight"
+            trained = found["tensors"][name.format(0)][0]
+            _, copy, moment = found["tensors"][name.format(expert)]
+            is_kept = copy != 0
+            assert torch.equal(copy, trained * is_kept)
+            assert not moment[~is_kept].any() and moment[is_kept].any()
+            assert float(is_kept.double().mean()) == pytest.approx(0.75, abs=0.06)
+            masks.append(is_kept.flatten().tolist())
+    assert len({tuple(mask) for mask in masks}) == len(masks)
+    before, after, _ = found["tensors"]["model.layers.1.mlp.gate.weight"]
+    assert torch.equal(before, after)
 
 
 def test_each_case_does_what_it_is_for(reference):
