@@ -17,7 +17,7 @@ from tiny_run import SETTINGS, events
 LAST_STEP = 11
 
 
-def run_until(run_dir: str, kill_at_step: int | None) -> dict:
+def run_until(run_dir: str, kill_at_step: int | None, settings: dict = SETTINGS) -> dict:
     """One rank of one attempt; SIGKILLs itself after recording update `kill_at_step`.
 
     At the last step: only once the last checkpoint is written, before the engines are audited.
@@ -30,7 +30,7 @@ def run_until(run_dir: str, kill_at_step: int | None) -> dict:
     from gossamer.trainer.tokenizer import token_fields
     from local_rollouts import LocalRollouts
 
-    config, folder = build_config(TrainConfig, SETTINGS, "train"), Path(run_dir)
+    config, folder = build_config(TrainConfig, settings, "train"), Path(run_dir)
     rollouts = None
     if torch.distributed.get_rank() == 0:
         tokens = token_fields(load_run_tokenizer(folder).vocab_size)

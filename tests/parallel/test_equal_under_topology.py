@@ -31,7 +31,7 @@ HF = {
 
 
 def config_for(
-    data: int, expert: int, zero_stage: int, micro_rows: int, levels: int = 1
+    data: int, expert: int, zero_stage: int, micro_rows: int, levels: int = 1, hf: dict = HF
 ) -> TrainConfig:
     """The balance loss looks at a whole micro-batch, so it is on where there is only one.
 
@@ -40,7 +40,7 @@ def config_for(
     balance_loss_coef = 0.01 if micro_rows == 8 else 0.0
     return TrainConfig(
         phases=(PhaseConfig(name="pretrain", kind="next_token", max_steps=2, lr=1e-2),),
-        model=ModelConfig(hf=HF, balance_loss_coef=balance_loss_coef),
+        model=ModelConfig(hf=hf, balance_loss_coef=balance_loss_coef),
         data=DataConfig(task_share=0.0),
         optim=OptimConfig(max_norm=0.0),
         micro_rows=micro_rows,
@@ -67,12 +67,18 @@ def fixed_batch(num_rows: int) -> TokenBatch:
 
 
 def train_on(
-    data: int, expert: int, zero_stage: int, num_rows: int, micro_rows: int, levels: int = 1
+    data: int,
+    expert: int,
+    zero_stage: int,
+    num_rows: int,
+    micro_rows: int,
+    levels: int = 1,
+    hf: dict = HF,
 ) -> dict:
     """Losses of two updates, norm, expert load, and this rank's rows of first-update moments."""
     from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 
-    config = config_for(data, expert, zero_stage, micro_rows, levels)
+    config = config_for(data, expert, zero_stage, micro_rows, levels, hf)
     dims = build_dims(config.parallel)
     model = build_model(config.model, hf_config(config.model, {}), dims, seed=3)
     engine = DeepSpeedEngine(
