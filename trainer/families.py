@@ -7,6 +7,7 @@ what differs is the router, and its settings, which are fields of the family's c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from gossamer.parallel.dims import ParallelDims
@@ -46,7 +47,7 @@ def check_family(hf: PretrainedConfig) -> None:
         raise ValueError(f"router_jitter_noise is {hf.router_jitter_noise}; expected 0")
 
 
-def moe_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def moe_blocks(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """transformers' own MoE blocks by name, in layer order."""
     for name, block in list(module.named_modules()):
         if hasattr(block, "gate") and hasattr(getattr(block, "experts", None), "gate_up_proj"):
@@ -54,7 +55,7 @@ def moe_blocks(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def build_block(
-    block: nn.Module,
+    block: Any,  # noqa: ANN401
     hf: PretrainedConfig,
     config: ModelConfig,
     dims: ParallelDims,

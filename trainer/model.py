@@ -28,7 +28,13 @@ from gossamer.trainer.families import (
 from gossamer.trainer.hf_folder import HFFolder, write_shards
 from gossamer.trainer.moe.block import MoEBlock, StepContext
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,7 @@ def build_model(
         described.output_router_logits = False  # transformers' own balance loss wants its routers
     torch.manual_seed(seed)
     with torch.device("meta" if folder else "cpu"):
-        module = AutoModelForCausalLM.from_config(
+        module: PreTrainedModel = AutoModelForCausalLM.from_config(
             described, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
     if folder is not None:
@@ -142,7 +148,7 @@ def build_model(
     return model
 
 
-def _check_names(folder: HFFolder, module: nn.Module) -> None:
+def _check_names(folder: HFFolder, module: PreTrainedModel) -> None:
     """Refuses a folder with other tensors than the model, all experts of it."""
     model_type = module.config.model_type
     own = {**dict(module.named_parameters()), **module.state_dict()}
