@@ -34,7 +34,9 @@ class HFFolder:
                 self._file_by_name = dict(json.loads((folder / INDEX).read_text())["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"{folder / INDEX} is not an index of shards: {error}") from error
-            for file in sorted(set(self._file_by_name.values())):
+            for file in sorted(set(map(str, self._file_by_name.values()))):
+                if Path(file).name != file:
+                    raise ValueError(f"{folder / INDEX} names {file}; expected files beside it")
                 if not (folder / file).is_file():
                     raise FileNotFoundError(f"{folder / file} is missing; {INDEX} names it")
         elif (folder / WHOLE).is_file():

@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +125,7 @@ def build_model(
         module: PreTrainedModel = AutoModelForCausalLM.from_config(
             described, dtype=torch.float32, attn_implementation=config.attn_implementation
         )
-    if folder is not None:
-        _check_names(folder, module)
+    expected = _checkpoint_names(module)
     context = StepContext()
     blocks: list[MoEBlock] = []
     for name, block in moe_blocks(module):
@@ -139,23 +138,31 @@ def build_model(
     segments = logical_segments(module, offset, hf.model_type)
     model = MoEModel(module, hf, blocks, context, segments)
     if folder is not None:
+        _check_names(folder, module, expected, model.buffers().keys())
         materialise(module)
         for part in module.modules():
             if part._non_persistent_buffers_set:
                 module._init_weights(part)  # rotary frequencies are in no checkpoint
-        views = logical_views(module.named_parameters(), offset, hf.model_type)
-        folder.read_into(views | model.buffers())
+        views = logical_views(module.named_parameters(), offset, hf.model_type) | model.buffers()
+        # a router that is not the family's own may have a buffer that no checkpoint has yet
+        folder.read_into({n: v for n, v in views.items() if n in folder.names | expected})
     return model
 
 
-def _check_names(folder: HFFolder, module: PreTrainedModel) -> None:
-    """Refuses a folder with other tensors than the model, all experts of it."""
-    model_type = module.config.model_type
+def _checkpoint_names(module: PreTrainedModel) -> set[str]:
+    """Of all that a checkpoint of transformers' own model holds, tied tensors under each name."""
     own = {**dict(module.named_parameters()), **module.state_dict()}
-    expected = logical_views(own.items(), model_type=model_type).keys()
+    return set(logical_views(own.items(), model_type=module.config.model_type))
+
+
+def _check_names(
+    folder: HFFolder, module: PreTrainedModel, expected: set[str], buffers: Iterable[str]
+) -> None:
+    """Refuses a folder with other tensors than `expected`, which are those of all ranks."""
+    model_type = module.config.model_type
     tied = {checkpoint_name(name, model_type) for name in module.all_tied_weights_keys}
     ignored = [r"rotary_emb\.inv_freq$", *(module._keys_to_ignore_on_load_unexpected or ())]
-    strange = folder.names - expected
+    strange = folder.names - expected - set(buffers)
     strange = {name for name in strange if not any(re.search(i, name) for i in ignored)}
     for names, fault in (
         (expected - folder.names - tied, "lacks"),

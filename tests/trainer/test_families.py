@@ -161,6 +161,20 @@ def test_a_rank_does_not_read_the_experts_of_another(family, tmp_path):
         load(tmp_path, ParallelDims(data=1, expert=2, rank=1, expert_group=None))
 
 
+def test_a_router_of_another_family_brings_its_bias_out_and_in(tmp_path):
+    save(transformers_model("qwen3_moe"), tmp_path / "in")
+    config = ModelConfig(path=str(tmp_path / "in"), router="sigmoid_bias")
+    model = build_model(config, hf_config(config, {}), ALONE, seed=0)
+    for bias_E in model.buffers().values():
+        assert not bias_E.any()
+        bias_E += torch.rand(8)
+    export_hf(tmp_path / "out", model.config, held(model))
+    config = ModelConfig(path=str(tmp_path / "out"), router="sigmoid_bias")
+    again = build_model(config, hf_config(config, {}), ALONE, seed=0)
+    assert len(model.buffers()) == 2 and held(again).keys() == held(model).keys()
+    assert all(torch.equal(t, held(again)[name]) for name, t in held(model).items())
+
+
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
@@ -169,6 +183,7 @@ def test_a_rank_does_not_read_the_experts_of_another(family, tmp_path):
         ("strange", r"holds, and the model does not, strange\.weight"),
         ("shape", r"holds model\.norm\.weight of shape \(9,\); the config says \(32,\)"),
         ("fp8", r"norm\.weight is torch\.float8_e4m3fn in its file; expected bfloat16 or wider"),
+        ("elsewhere", r"index\.json names \.\./x\.safetensors; expected files beside it"),
         ("nothing", r"has neither model\.safetensors nor model\.safetensors\.index\.json"),
         ("quantised", r"model is quantised"),
     ],
@@ -178,6 +193,9 @@ def test_a_folder_that_is_not_whole_is_refused_in_a_sentence(fault, expected, tm
     path = tmp_path / "model.safetensors"
     if fault == "no_shard":
         next(tmp_path.glob("model-00001-of-*")).unlink()
+    elif fault == "elsewhere":
+        index = {"weight_map": {"model.norm.weight": "../x.safetensors"}}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     elif fault == "nothing":
         path.unlink()
     elif fault == "quantised":
