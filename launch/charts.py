@@ -196,7 +196,8 @@ def expert_chart(settled: list[Event]) -> Chart:
         go.Heatmap(
             z=relative,
             y=[
-                f"layer {i}<br>max {max(row):.2f}×" for i, row in zip(layers, relative, strict=True)
+                f"layer {i}<br>max {max(row):.2f}×, {row.count(0)} idle"
+                for i, row in zip(layers, relative, strict=True)
             ],
             zmid=1,
             zmin=0,
@@ -220,11 +221,11 @@ def expert_chart(settled: list[Event]) -> Chart:
     figure.update_yaxes(autorange="reversed", row=1, col=1)
     figure.update_yaxes(title="busiest expert / mean (×)", row=1, col=2)
     styled(figure, max(300, 120 + 34 * len(layers)))
-    figure.update_layout(legend={"x": 0.62}, margin={"l": 84})
+    figure.update_layout(legend={"x": 0.62}, margin={"l": 116})
     note = (
         f"Left: tokens per expert over the last {len(last)} steps that recorded it, as "
-        "a multiple of the layer's mean. Right: the busiest expert of each layer, step by step; "
-        "1 is perfect balance."
+        "a multiple of the layer's mean; idle experts had none. Right: the busiest "
+        "expert of each layer, step by step; 1 is perfect balance."
     )
     return Chart(key="experts", title=title, note=note, figure=figure, wide=True)
 

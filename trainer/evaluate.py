@@ -29,7 +29,7 @@ def greedy_exact_match(model: MoEModel, dims: ParallelDims, source: Source, seq_
     model.context.is_real_T = (mine.token_ids_BS != PAD_ID).flatten()
     model.context.token_T = model.context.sequence_T = None
     for block in model.blocks:
-        block.gate.eval()  # an update puts it back
+        block.gate.train(False)  # an update puts it back
     logits_BSV = model.module(
         input_ids=mine.token_ids_BS, position_ids=mine.position_ids_BS, use_cache=False
     ).logits

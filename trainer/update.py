@@ -124,7 +124,7 @@ def _layer_metrics(load_LE: Tensor, mean_z_L: Tensor, traffic_L4: Tensor) -> dic
     in_node_L, across_L, dropped_L, pairs_L = traffic_L4.unbind(1)
     return metrics | {
         "router_z": mean_z_L.tolist(),
-        "dropped_share": (dropped_L / pairs_L.clamp(min=1)).tolist(),
+        "dropped_share": (dropped_L.double() / pairs_L.clamp(min=1)).tolist(),
         "bytes_in_node": in_node_L.tolist(),
         "bytes_across": across_L.tolist(),
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from gloo_world import run_world
-from gossamer.parallel.config import ParallelConfig
+from gossamer.parallel.config import DispatchConfig, ParallelConfig
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.checkpoint import Checkpoint, write_checkpoint
@@ -55,15 +55,18 @@ def fixed_batch() -> TokenBatch:
     )
 
 
-def build(router: str, moe: MoEConfig, data: int, expert: int) -> tuple:
+def build(
+    router: str, moe: MoEConfig, data: int, expert: int, capacity: float | None = None
+) -> tuple:
     from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 
+    dispatch = DispatchConfig(capacity_factor=capacity)
     config = TrainConfig(
         phases=(PhaseConfig(name="pretrain", kind="next_token", max_steps=2, lr=1e-2),),
         model=ModelConfig(hf=HF, router=router, moe=moe, balance_loss_coef=0.02),
         data=DataConfig(task_share=0.0),
         optim=OptimConfig(max_norm=0.0),
-        parallel=ParallelConfig(data=data, expert=expert),
+        parallel=ParallelConfig(data=data, expert=expert, dispatch=dispatch),
     )
     dims = build_dims(config.parallel)
     model = build_model(config.model, hf_config(config.model, {}), dims, seed=3)
@@ -92,6 +95,7 @@ def train_on(router: str, data: int, expert: int, folder: str) -> dict:
         "norms": [r.grad_norm for r in results],
         "load": torch.tensor([r.expert_load for r in results]),
         "z": [r.layers["router_z"] for r in results],
+        "bytes": results[0].layers["bytes_in_node"],
         "buffers": {name: b.clone() for name, b in model.buffers().items()},
         "gate_moved": not torch.equal(before, model.blocks[0].gate.weight),
     }
@@ -127,6 +131,9 @@ def train_all(world_size: int, folder: str) -> dict:
         router: {f"EP={e}": train_on(router, world_size // e, e, folder) for e in experts}
         for router in CASES
     }
+    if world_size == 1:
+        model, engine, dims, config = build("topk_softmax", MoEConfig(), 1, 1, capacity=0.5)
+        found["half"] = update(model, engine, dims, fixed_batch(), 1e-2, config).layers
     return found | {"diversified": diversify(world_size // experts[-1], experts[-1], folder)}
 
 
@@ -152,6 +159,7 @@ def test_the_same_as_on_one_rank(reference, world_size, folder):
                     assert mine == pytest.approx(theirs, rel=1e-5), where
                 assert found["norms"] == pytest.approx(expected["norms"], rel=1e-4), where
                 assert torch.equal(found["load"], expected["load"]), where
+                assert [n > 0 for n in found["bytes"]] == [topology == "EP=2"] * 2, where
                 for mine, theirs in zip(found["z"], expected["z"], strict=True):
                     assert mine == pytest.approx(theirs, rel=1e-5), where
                 for name, buffer in found["buffers"].items():
@@ -205,6 +213,13 @@ def test_each_case_does_what_it_is_for(reference):
     tokens = ROWS * PLACES - 3
     assert found["smoe_dropout"]["load"].sum(-1).tolist() == [[k * tokens] * 2 for k in (2, 3, 4)]
     assert (found["dense_to_sparse"]["load"].sum(-1) < 4 * tokens).all()
+
+
+def test_the_share_of_dropped_pairs(reference):
+    """Half of all pairs, padding included, find a place at most; padding comes last."""
+    pairs, places = 2 * (ROWS * PLACES - 3), 4 * ROWS * PLACES // 4
+    for share in reference["half"]["dropped_share"]:
+        assert 1 - places / pairs - 1e-9 <= share < 0.8
 
 
 def records(folder: Path, case: str) -> list[dict]:

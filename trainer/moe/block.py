@@ -98,7 +98,7 @@ class MoEBlock(nn.Module):
 
     def begin_step(self, step: int) -> None:
         """Before the first micro-batch of optimizer step `step`."""
-        self.gate.train()
+        self.gate.train(True)
         self.gate.begin_step(step)
         self._earlier_E = None
         self.dispatcher.traffic.take()  # an evaluation's counts

@@ -47,6 +47,6 @@ def load_metrics(count_E: Tensor) -> dict[str, float]:
     most = float(torch.tensor(len(count_E), dtype=torch.float64).log())
     return {
         "load_max_over_mean": float(share_E.max()) * len(count_E),
-        "load_entropy": entropy / most if most else 1.0,
+        "load_entropy": max(0.0, entropy / most) if most else 1.0,
         "dead_experts": int((count_E == 0).sum()),
     }

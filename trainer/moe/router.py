@@ -72,8 +72,12 @@ class Router(Protocol):
         """Routes T tokens; differentiable in weight_TK and probability_TE.
 
         token_T: the number of each token in the step's global batch, int64, to draw noise by.
-        Whether it is training or being evaluated is `self.training`.
+        Noise and what else is for training alone go by `self.training`.
         """
+        ...
+
+    def train(self, mode: bool) -> object:
+        """nn.Module's: whether what follows is training or evaluation."""
         ...
 
     def begin_step(self, step: int) -> None:

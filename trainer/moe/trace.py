@@ -31,7 +31,7 @@ class RoutingTrace:
         """What the MoE blocks of `module` did in their last forward pass, of step `step`."""
         if step >= self._num_steps:
             return
-        records = []
+        records: list[str] = []
         for name, block in module.named_modules():
             if not isinstance(block, MoEBlock):
                 continue
