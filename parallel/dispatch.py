@@ -49,7 +49,7 @@ class LocalPath:
         self._token_N, self.count_e = pairs.token_N, pairs.count_E
 
     def send_tokens(self, x_TD: Tensor, kind: str) -> Tensor:
-        return x_TD[self._token_N]
+        return x_TD.index_select(0, self._token_N)
 
     def send_pairs(self, x_ND: Tensor, kind: str) -> Tensor:
         return x_ND
@@ -72,13 +72,15 @@ class OneLevelPath:
         self._order_R = grouping(expert_Ge, received_Ge, sum(self._recv))
 
     def send_tokens(self, x_TD: Tensor, kind: str) -> Tensor:
-        return self.send_pairs(x_TD[self._token_N], kind)
+        return self.send_pairs(x_TD.index_select(0, self._token_N), kind)
 
     def send_pairs(self, x_ND: Tensor, kind: str) -> Tensor:
-        return self._link.exchange(x_ND, self._send, self._recv, kind)[self._order_R]
+        x_RD = self._link.exchange(x_ND, self._send, self._recv, kind)
+        return x_RD.index_select(0, self._order_R)
 
     def bring_home(self, x_RD: Tensor, kind: str) -> Tensor:
-        return self._link.exchange(x_RD[inverse(self._order_R)], self._recv, self._send, kind)
+        x_RD = x_RD.index_select(0, inverse(self._order_R))
+        return self._link.exchange(x_RD, self._recv, self._send, kind)
 
 
 class Route:
@@ -118,7 +120,7 @@ class _Combine(torch.autograd.Function):
         ctx: torch.autograd.function.FunctionCtx, grad_TKD: Tensor
     ) -> tuple[Tensor, None]:
         route: Route = ctx.route  # type: ignore[attr-defined]
-        grad_ND = grad_TKD.flatten(0, 1)[route.pairs.order_N]
+        grad_ND = grad_TKD.flatten(0, 1).index_select(0, route.pairs.order_N)
         return route.path.send_pairs(grad_ND, "backward"), None
 
 

@@ -32,10 +32,10 @@ class Pairs:
     def by_slot(self, x_ND: Tensor) -> Tensor:
         """x_TKD: each pair's row at its token and slot; 0 where a pair was dropped."""
         if self._inverse_N is not None:
-            x_PD = x_ND[self._inverse_N]
+            x_PD = x_ND.index_select(0, self._inverse_N)
         else:
             x_PD = x_ND.new_zeros((self.num_tokens * self.num_slots, x_ND.shape[-1]))
-            x_PD[self.order_N] = x_ND
+            x_PD.index_copy_(0, self.order_N, x_ND)
         return x_PD.view(self.num_tokens, self.num_slots, x_ND.shape[-1])
 
 

@@ -57,20 +57,22 @@ class TwoLevelPath:
         self._order_R = grouping(key_LMe, received_LMe, sum(self._node_in))
 
     def send_tokens(self, x_TD: Tensor, kind: str) -> Tensor:
-        x_UD = self._rail.exchange(x_TD[self._token_U], self._tokens_out, self._tokens_in, kind)
-        return self._hand_on(x_UD[self._row_P], kind)
+        x_UD = x_TD.index_select(0, self._token_U)
+        x_UD = self._rail.exchange(x_UD, self._tokens_out, self._tokens_in, kind)
+        return self._hand_on(x_UD.index_select(0, self._row_P), kind)
 
     def send_pairs(self, x_ND: Tensor, kind: str) -> Tensor:
         x_PD = self._rail.exchange(x_ND, self._pairs_out, self._pairs_in, kind)
-        return self._hand_on(x_PD[self._order_P], kind)
+        return self._hand_on(x_PD.index_select(0, self._order_P), kind)
 
     def _hand_on(self, x_PD: Tensor, kind: str) -> Tensor:
-        return self._node.exchange(x_PD, self._node_out, self._node_in, kind)[self._order_R]
+        x_RD = self._node.exchange(x_PD, self._node_out, self._node_in, kind)
+        return x_RD.index_select(0, self._order_R)
 
     def bring_home(self, x_RD: Tensor, kind: str) -> Tensor:
-        x_RD = x_RD[inverse(self._order_R)]
+        x_RD = x_RD.index_select(0, inverse(self._order_R))
         x_PD = self._node.exchange(x_RD, self._node_in, self._node_out, kind)
-        x_PD = x_PD[inverse(self._order_P)]
+        x_PD = x_PD.index_select(0, inverse(self._order_P))
         return self._rail.exchange(x_PD, self._pairs_in, self._pairs_out, kind)
 
 
