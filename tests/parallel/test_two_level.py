@@ -1,6 +1,6 @@
 """Two-level dispatch: the bits of one level, fewer rows across nodes, and every byte foretold.
 
-One world of four ranks runs every layout; rank 1 has no token.
+One world of four ranks runs every layout; rank 3 has no token.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from gossamer.parallel.dispatch import Dispatcher
 from gossamer.trainer.moe.experts import GroupedExperts
 
 D, F, E, K = 8, 4, 8, 3
-TOKENS = (9, 0, 14, 7)
+TOKENS = (9, 14, 7, 0)
 LAYOUTS = {"2 nodes x 2": (1, 4, 2), "4 nodes x 1": (1, 4, 1), "2 replicas": (2, 2, 1)}
 """(data, expert, ranks_per_node)"""
 CAPACITY = (None, 1.0)
