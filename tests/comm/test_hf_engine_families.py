@@ -33,6 +33,8 @@ def test_the_engine_follows_a_log_of_the_family(family, tmp_path):
     for step in range(2):
         weights = live_tensors(model)
         assert weights.keys() == checkpoint.keys()
+        if step == 0:
+            assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in weights.items())
         version = publisher.publish(weights, step=step).version
         engine.stage(version)
         engine.commit()
