@@ -68,7 +68,7 @@ def list_symbols(old, lo, hi, positions, after, lengths, class_of, steps, shape,
     for change in range(num_changes + 1):
         target = positions[change] if change < num_changes else hi
         ahead = (target - at) & ~3
-        if ahead:
+        if ahead >= 32:
             total = sum_lengths(old, at, ahead, lengths, shift)
             if length + total < WINDOW:
                 length += total
@@ -205,7 +205,7 @@ def leap(old, word, hi, length, limit, per_length, lengths, shift):
     while farthest >= MIN_LEAP:
         ahead = np.int64(0.75 * per_length * (limit - length))
         ahead = min(ahead, farthest, hi - word) & ~31
-        if ahead < MIN_LEAP:
+        if ahead >= 32:
             break
         total = sum_lengths(old, word, ahead, lengths, shift)
         if length + total > limit:
