@@ -205,7 +205,7 @@ def leap(old, word, hi, length, limit, per_length, lengths, shift):
     while farthest >= MIN_LEAP:
         ahead = np.int64(0.75 * per_length * (limit - length))
         ahead = min(ahead, farthest, hi - word) & ~31
-        if ahead >= 32:
+        if ahead < MIN_LEAP:
             break
         total = sum_lengths(old, word, ahead, lengths, shift)
         if length + total > limit:
