@@ -22,7 +22,8 @@ from gossamer.trainer.config import OptimConfig
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.experts import GroupedExperts
-from gossamer.trainer.moe.router import TopKSoftmaxRouter
+from gossamer.trainer.moe.router import RouterSpec
+from gossamer.trainer.moe.routers.topk_softmax import TopKSoftmaxRouter
 from gossamer.trainer.optim import build_adamw, decays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -61,8 +62,8 @@ class TinyMoE(nn.Module):
         mine = dims.local_experts(E)
         local = slice(mine.start, mine.stop)
         experts = GroupedExperts(gate_up_EFD[local].clone(), down_EDF[local].clone())
-        router, context = TopKSoftmaxRouter(gate_ED, K, True), StepContext()
-        self.mlp = MoEBlock(router, experts, Dispatcher(dims, E), context, False)
+        router = TopKSoftmaxRouter(gate_ED, RouterSpec(top_k=K, is_renormalised=True))
+        self.mlp = MoEBlock(router, experts, Dispatcher(dims, E), StepContext(), False)
 
     def forward(self, x_RD: Tensor) -> Tensor:
         h_RD = x_RD + self.down(self.norm(self.up(x_RD)).relu())
