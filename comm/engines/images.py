@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from gossamer.comm.codec.bits import UNSIGNED, tensor_bits
 from gossamer.comm.codec.kernels import exchange
+from gossamer.comm.device import integer_view, is_on_device, write_on_device
 from gossamer.comm.engines.layout import Layout
-from gossamer.comm.engines.pieces import LayoutError, Piece, Runtime, Spec, flat_bits
+from gossamer.comm.engines.pieces import LayoutError, Piece, Runtime, Spec
 from gossamer.comm.live import Mirror
 from torch import Tensor
 
@@ -37,7 +38,7 @@ def bind(
             if not runtime.tensors[held_by].is_contiguous():
                 raise LayoutError(f"run-time tensor {held_by} has gaps, which no map covers")
         held = runtime.tensors[pieces[0].held_by].data if pieces else None
-        if held is not None and held.device.type == "cpu" and pieces[0].is_whole():
+        if held is not None and not is_on_device(held) and pieces[0].is_whole():
             start = pieces[0].offset
             tensors[name] = held.view(-1)[start : start + spec.size].view(spec.shape)
             continue
@@ -61,8 +62,8 @@ class Scatter:
         self._held: list[tuple[Piece, np.ndarray | Tensor]] = []
         for piece in pieces:
             held = runtime.tensors[piece.held_by]
-            on_cpu = held.device.type == "cpu"
-            self._held.append((piece, tensor_bits(held) if on_cpu else flat_bits(held)))
+            bits = integer_view(held) if is_on_device(held) else tensor_bits(held)
+            self._held.append((piece, bits))
         self._write(np.zeros(0, np.uint32), 0, self._image[:0])  # compiles, before a pause needs it
 
     def write(self, positions: np.ndarray | None, start: int, patterns: np.ndarray) -> None:
@@ -95,9 +96,7 @@ class Scatter:
                 piece.write(held, positions, start, patterns)
             else:
                 here, places = piece.find(positions.astype(np.int64) + start)
-                new = torch.from_numpy(patterns[here]).view(held.dtype)
-                with torch.inference_mode():
-                    held[torch.from_numpy(places).to(held.device)] = new.to(held.device)
+                write_on_device(held, places, patterns[here])
 
 
 class Reload:
@@ -128,7 +127,7 @@ class Reload:
 
     def _own(self) -> list[Tensor]:
         return [
-            flat_bits(self._runtime.tensors[held_by]).cpu()[mask.view(-1)]
+            integer_view(self._runtime.tensors[held_by]).cpu()[mask.view(-1)]
             for held_by, mask in self._masks.items()
         ]
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from gossamer.comm.codec.bits import tensor_bits
 from gossamer.comm.codec.kernels import compiled
-from gossamer.comm.engines.pieces import INTEGERS, LayoutError, Piece, Runtime, Spec
+from gossamer.comm.device import INTEGERS
+from gossamer.comm.engines.pieces import LayoutError, Piece, Runtime, Spec
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 27

@@ -17,7 +17,6 @@ from gossamer.comm.codec.kernels import compiled
 from torch import Tensor
 
 Load = Callable[[list[tuple[str, Tensor]]], object]
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 class LayoutError(RuntimeError):
@@ -123,11 +122,6 @@ class Piece:
         return np.array_equal(self.columns, np.arange(width)) and np.array_equal(
             self.rows, np.arange(len(self.rows)) * width
         )
-
-
-def flat_bits(tensor: Tensor) -> Tensor:
-    """Flat integers on the storage of a contiguous tensor, wherever it is."""
-    return tensor.detach().view(-1).view(INTEGERS[tensor.element_size()])
 
 
 @compiled

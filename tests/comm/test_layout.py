@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from gossamer.comm.codec.bits import tensor_bits
+from gossamer.comm.device import integer_view
 from gossamer.comm.engines.images import Scatter, bind
 from gossamer.comm.engines.layout import learn
-from gossamer.comm.engines.pieces import LayoutError, Packed, Spec, flat_bits
+from gossamer.comm.engines.pieces import LayoutError, Packed, Spec
 from gossamer.comm.live import LiveWeights
 from served_model import ServedModel, checkpoint, in_pairs, loaded, runtime_of, specs_of
 
@@ -43,7 +44,7 @@ def move(tensors, mirrors, state):
 
 def assert_same(runtime, expected):
     for name, tensor in runtime.tensors.items():
-        assert torch.equal(flat_bits(tensor), flat_bits(expected[name])), name
+        assert torch.equal(integer_view(tensor), integer_view(expected[name])), name
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: "-".join(map(str, way.values())))
@@ -90,14 +91,14 @@ def test_an_audit_reads_what_the_engine_computes_with(name):
     live = LiveWeights(tensors, mirrors)
     assert live.audit() == LiveWeights(checkpoint(1)).audit()
     held_by = {EXPERT: "layers.1.w2", DECAY: "layers.0.decay"}.get(name, "layers.0.o")
-    flat_bits(runtime.tensors[held_by])[0] ^= 1
+    integer_view(runtime.tensors[held_by])[0] ^= 1
     assert live.audit() != LiveWeights(checkpoint(1)).audit()
 
 
 def test_indices_of_a_device_do_as_those_of_the_cpu():
     runtime, tensors, mirrors = follow(checkpoint(0), WAYS[-1])
     for mirror in (each for each in mirrors.values() if isinstance(each, Scatter)):
-        mirror._held = [(p, flat_bits(runtime.tensors[p.held_by])) for p, _ in mirror._held]
+        mirror._held = [(p, integer_view(runtime.tensors[p.held_by])) for p, _ in mirror._held]
     move(tensors, mirrors, checkpoint(1))
     assert_same(runtime, loaded(checkpoint(1), **WAYS[-1]))
     assert LiveWeights(tensors, mirrors).audit() == LiveWeights(checkpoint(1)).audit()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.config import LogConfig
-from gossamer.comm.engines.pieces import flat_bits
+from gossamer.comm.device import integer_view
 from gossamer.comm.engines.sglang import payload, take_back
 from gossamer.comm.live import ApplyError
 from gossamer.comm.log import WeightLog
@@ -37,7 +37,7 @@ class Workers:
     def are_at(self, state):
         expected = [loaded(state, rank, len(self.models)) for rank in range(len(self.models))]
         return all(
-            torch.equal(flat_bits(tensor), flat_bits(weights[name]))
+            torch.equal(integer_view(tensor), integer_view(weights[name]))
             for model, weights in zip(self.models, expected, strict=True)
             for name, tensor in model.state().items()
         )
