@@ -222,7 +222,8 @@ class PartEncoder:
         """A model for each run to be coded by entropy; where models cost too much, `choices`
         become dense."""
         coded = [i for i, choice in enumerate(choices) if choice.codec == "entropy"]
-        found = assign_models([(changes[i].run, changes[i].counts) for i in coded])
+        known = ((changes[i].run, changes[i].counts) for i in coded)
+        found = assign_models([(run, counts) for run, counts in known if counts is not None])
         members: dict[Model, list[int]] = defaultdict(list)
         models: list[Model | None] = [None] * len(changes)
         for i, model in zip(coded, found, strict=True):
