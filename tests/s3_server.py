@@ -1,13 +1,15 @@
-"""An S3-speaking server on loopback, for tests: moto's, over real HTTP."""
+"""An S3-speaking server on loopback, for tests: moto's, over real HTTP.
 
-import logging
+It is a process of its own: vLLM looks into every module of the process it starts in, and those of
+Flask, on which moto is built, raise when they are looked at.
+"""
+
 import os
-import threading
+import signal
+import subprocess
+import sys
 import urllib.request
 from contextlib import contextmanager
-
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import WSGIRequestHandler, make_server
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -17,28 +19,12 @@ KEYS = {
 }
 
 
-class _KeepAlive(WSGIRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-
 class S3Server:
-    """Listens at `port` from the start; all such servers share their buckets."""
+    """Listens at `port` from the start."""
 
     def __init__(self):
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        application = DomainDispatcherApplication(create_backend_app)
-        turn = self._turn = threading.Lock()
-
-        def one_at_a_time(environ, start_response):
-            # moto looks whether a name is free and then takes it; S3 does both at once
-            with turn:
-                return list(application(environ, start_response))
-
-        self._server = make_server(
-            "127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=_KeepAlive
-        )
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        self._process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE)
+        self.port = int(self._process.stdout.readline())
 
     def put(self, path, data=b""):
         """PUT /path, which makes a bucket, an object or a bucket's policy."""
@@ -50,13 +36,19 @@ class S3Server:
         )
         urllib.request.urlopen(request, timeout=10).close()
 
+    @contextmanager
     def held(self):
         """A context in which it takes connections and does not answer."""
-        return self._turn
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+        self._process.kill()
+        self._process.wait()
+        self._process.stdout.close()
 
 
 @contextmanager
@@ -69,3 +61,30 @@ def s3_environment(port):
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def serve():
+    import logging
+    import threading
+
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import WSGIRequestHandler, make_server
+
+    class KeepAlive(WSGIRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    application, turn = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+    def one_at_a_time(environ, start_response):
+        # moto looks whether a name is free and then takes it; S3 does both at once
+        with turn:
+            return list(application(environ, start_response))
+
+    server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=KeepAlive)
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    serve()
