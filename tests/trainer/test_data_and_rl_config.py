@@ -1,7 +1,8 @@
 import dataclasses
 
 import pytest
-from gossamer.trainer.config import DataConfig, RLConfig, TaskConfig, TokenizerConfig
+from gossamer.trainer.config import DataConfig, TaskConfig, TokenizerConfig
+from gossamer.trainer.rl.config import RLConfig
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ from dataclasses import replace
 import pytest
 import torch
 from gossamer.comm.rollout import Sample
-from gossamer.trainer.config import RLConfig
 from gossamer.trainer.losses import learned_logprobs
+from gossamer.trainer.rl.config import RLConfig
 from gossamer.trainer.rl.grpo import PolicyBatch, group_advantages, pack_samples, policy_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,5 +1,5 @@
 import pytest
-from gossamer.trainer.config import RLConfig
+from gossamer.trainer.rl.config import RLConfig
 from gossamer.trainer.rl.prompts import prompt_batch, requests_for
 from hypothesis import given
 from hypothesis import strategies as st

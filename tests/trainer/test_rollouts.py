@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from gossamer.trainer.config import RLConfig
+from gossamer.trainer.rl.config import RLConfig
 from gossamer.trainer.rl.grpo import group_advantages
 from gossamer.trainer.rl.rollouts import choose_samples, most_different
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from gossamer.comm.rollout import Sample
 from gossamer.trainer.batch import Document, TokenBatch, first_fit, pack
-from gossamer.trainer.config import RLConfig
 from gossamer.trainer.losses import learned_logprobs
+from gossamer.trainer.rl.config import RLConfig
 
 MAX_LOG_RATIO = 20.0  # beyond it exp() only serves to overflow
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from gossamer.comm.rollout import Request
 from gossamer.trainer.batch import permutation
-from gossamer.trainer.config import RLConfig
+from gossamer.trainer.rl.config import RLConfig
 
 
 def prompt_batch(seed: int, step: int, num_prompts: int, num_problems: int) -> list[int]:
