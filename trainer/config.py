@@ -13,6 +13,7 @@ from gossamer.comm.config import LogConfig
 from gossamer.parallel.config import ParallelConfig
 from gossamer.trainer.moe.config import MoEConfig
 from gossamer.trainer.rl.config import RLConfig
+from gossamer.trainer.step.config import HeldoutConfig, MetricsConfig, OptimConfig, PhaseConfig
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -117,6 +118,9 @@ class DataConfig:
         )
 
 
+RECOMPUTE = ("none", "moe", "block")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """A Hugging Face MoE model: its folder, or its config to build it at random from."""
@@ -136,6 +140,9 @@ class ModelConfig:
     """Weight of the load-balance loss; 0 switches it off."""
     attn_implementation: str = "sdpa"
     """transformers' attention implementation: sdpa or eager."""
+    recompute: str = "none"
+    """What the backward pass computes again instead of keeping its activations: none, moe (routing,
+    dispatch and experts) or block (whole decoder layers). Changes no bit."""
 
     def __post_init__(self) -> None:
         _require(
@@ -150,73 +157,10 @@ class ModelConfig:
             self.balance_loss_coef >= 0.0,
             f"model.balance_loss_coef is {self.balance_loss_coef}; expected 0 or more",
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
-    """AdamW on float32 masters; the learning rate is a phase's."""
-
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.95
-    """Decay of the second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.01
-    """Decoupled decay of matrices; vectors are never decayed."""
-    max_norm: float = 1.0
-    """The global gradient norm is clipped to this; 0 = no clipping."""
-
-    def __post_init__(self) -> None:
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            _require(0.0 <= value < 1.0, f"optim.{name} is {value}; expected 0 to below 1")
-        _require(self.eps > 0.0, f"optim.eps is {self.eps}; expected a positive number")
-        for name in ("weight_decay", "max_norm"):
-            value = getattr(self, name)
-            _require(value >= 0.0, f"optim.{name} is {value}; expected 0 or more")
-
-
-PHASE_KINDS = ("next_token", "grpo")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PhaseConfig:
-    """A stretch of steps with one loss and one learning-rate curve."""
-
-    name: str
-    """Shown in metrics: pretrain, warm_start, rl."""
-    kind: str
-    """next_token or grpo."""
-    max_steps: int
-    """Optimizer steps of this phase at most."""
-    lr: float
-    """Peak learning rate."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    final_lr_share: float = 1.0
-    """Cosine decay ends at this share of lr at max_steps; 1 = constant."""
-    until_exact_match: float | None = None
-    """Ends the phase early once greedy exact match on the dev problems reaches this."""
-    eval_every_steps: int = 25
-    """How often the dev problems are looked at (next_token phases with until_exact_match)."""
-
-    def __post_init__(self) -> None:
-        where = f"phases[{self.name}]"
-        _require(self.kind in PHASE_KINDS, f"{where}.kind is {self.kind}; expected {PHASE_KINDS}")
-        for name in ("max_steps", "eval_every_steps", "lr"):
-            value = getattr(self, name)
-            _require(value > 0, f"{where}.{name} is {value}; expected a positive number")
         _require(
-            0 <= self.warmup_steps <= self.max_steps,
-            f"{where}.warmup_steps is {self.warmup_steps}; expected 0 to max_steps",
+            self.recompute in RECOMPUTE,
+            f"model.recompute is {self.recompute}; expected one of {RECOMPUTE}",
         )
-        for name in ("final_lr_share", "until_exact_match"):
-            value = getattr(self, name)
-            _require(
-                value is None or 0.0 <= value <= 1.0,
-                f"{where}.{name} is {value}; expected a number from 0 to 1",
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,29 +176,6 @@ class CheckpointConfig:
         for name in ("every_steps", "keep_last"):
             value = getattr(self, name)
             _require(value >= 1, f"checkpoint.{name} is {value}; expected at least 1")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MetricsConfig:
-    """Where numbers go besides RUN_DIR/metrics.jsonl."""
-
-    wandb_mode: str = "offline"
-    """offline, online or disabled."""
-    wandb_project: str = "gossamer"
-    """Project name in wandb."""
-    expert_load_every_steps: int = 10
-    """Steps between records of tokens per expert."""
-
-    def __post_init__(self) -> None:
-        modes = ("offline", "online", "disabled")
-        _require(
-            self.wandb_mode in modes,
-            f"metrics.wandb_mode is {self.wandb_mode}; expected one of {modes}",
-        )
-        _require(
-            self.expert_load_every_steps >= 1,
-            f"metrics.expert_load_every_steps is {self.expert_load_every_steps}; expected >= 1",
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -285,8 +206,13 @@ class TrainConfig:
     """The weight log that grpo phases publish to."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the state is written."""
+    heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
+    """Evaluation on text that is never trained on."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    """Where numbers go."""
+    """What is measured, and where numbers go."""
+    deterministic: bool = False
+    """Refuses operations that may not repeat bit for bit, and runs each rank on one thread; slower
+    (docs/runs.md)."""
 
     def __post_init__(self) -> None:
         _require(bool(self.phases), "phases is empty; expected at least one phase")

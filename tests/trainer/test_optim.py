@@ -27,6 +27,17 @@ def phase(**fields) -> PhaseConfig:
         ({"final_lr_share": 0.0}, {0: 0.8, 6: 0.4, 12: 0.0}),
         ({"warmup_steps": 12, "final_lr_share": 0.0}, {0: 0.8 / 12, 11: 0.8}),
         ({"max_steps": 1, "warmup_steps": 1}, {0: 0.8}),
+        ({"schedule": "constant", "warmup_steps": 2}, {0: 0.4, 1: 0.8, 2: 0.8, 11: 0.8}),
+        # 10 steps down from 0.8 to 0.2
+        (
+            {"schedule": "linear", "warmup_steps": 2, "final_lr_share": 0.25},
+            {0: 0.4, 1: 0.8, 2: 0.8, 3: 0.74, 7: 0.5, 11: 0.26, 12: 0.2, 99: 0.2},
+        ),
+        # up in 2, there until step 8, then 4 steps down to 0
+        (
+            {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 4, "final_lr_share": 0.0},
+            {0: 0.4, 1: 0.8, 7: 0.8, 8: 0.8, 9: 0.6, 10: 0.4, 11: 0.2, 12: 0.0, 99: 0.0},
+        ),
     ],
 )
 def test_learning_rates_by_hand(fields, expected):
@@ -34,6 +45,25 @@ def test_learning_rates_by_hand(fields, expected):
     assert rates == {
         step: pytest.approx(rate, rel=1e-12, abs=1e-15) for step, rate in expected.items()
     }
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"schedule": "poly"}, "schedule"),
+        ({"schedule": "linear"}, "final_lr_share"),  # would be constant
+        ({"schedule": "constant", "final_lr_share": 0.1}, "final_lr_share"),
+        ({"schedule": "wsd", "final_lr_share": 0.1}, "decay_steps"),
+        (
+            {"schedule": "wsd", "final_lr_share": 0.1, "warmup_steps": 9, "decay_steps": 4},
+            "decay_steps",
+        ),
+        ({"decay_steps": 4}, "decay_steps"),
+    ],
+)
+def test_a_curve_that_cannot_be_right_is_refused(fields, field):
+    with pytest.raises(ValueError, match=rf"phases\[p\].{field} is"):
+        phase(**fields)
 
 
 def test_matrices_decay_and_vectors_do_not():
