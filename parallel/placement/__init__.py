@@ -1,0 +1,1 @@
+"""Which expert lives where: problem, solvers with a proof, placements as data."""
