@@ -1,12 +1,11 @@
 """A rank's session: everything the loop holds, built once and put back from a checkpoint.
 
-The one idea: `Progress`, the engine's rows and the data position are the whole state; the rest is
-rebuilt from the config. What crosses to rollout engines goes through the log alone.
+The one idea: what must outlive a rank goes through the saver, what crosses to rollout engines
+through the log; the rest is rebuilt from the config.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,29 +21,21 @@ from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
-from gossamer.parallel.engine import Owned
-from gossamer.trainer.checkpoint import (
-    Checkpoint,
-    list_checkpoints,
-    prune_checkpoints,
-    write_checkpoint,
-)
+from gossamer.trainer.checkpoint import Checkpoint
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data import task_source
 from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
-from gossamer.trainer.moe.diversify import diversified
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import build_adamw, decays, lr_at
 from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
 from gossamer.trainer.proof import trainer_state_hash
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
+from gossamer.trainer.saving import Progress, Saver
 from gossamer.trainer.tokenizer import token_fields
 from gossamer.trainer.update import UpdateResult, update
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,17 +47,6 @@ class RunPlace:
     attempt: int = 1
     resume_from: Path | None = None
     """Checkpoint folder to go on from."""
-
-
-@dataclass(slots=True)
-class Progress:
-    """Where the run stands."""
-
-    step: int = 0
-    """Optimizer updates done."""
-    phase_index: int = 0
-    phase_step: int = 0
-    """Updates done in the current phase."""
 
 
 class Session:
@@ -120,8 +100,11 @@ class Session:
         if self._is_first_rank:
             self._events = EventLog(place.run_dir)
             self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
+        self._saver = Saver(
+            config.checkpoint, place.run_dir, self._epoch, self.engine, self.model, self._log
+        )
         if checkpoint:
-            self._restore(checkpoint)
+            self.progress = self._saver.restore(checkpoint)
 
     # --- the loop's steps -----------------------------------------------------------------------
 
@@ -170,7 +153,8 @@ class Session:
         gate = self.config.model.moe.dense_to_sparse
         is_evomoe = self.config.model.router == "dense_to_sparse"
         if is_evomoe and 0 < gate.diversify_steps == self.engine.num_updates:
-            self._diversify(gate.masked_share)
+            self.checkpoint()
+            self._saver.diversify(gate.masked_share, self.config.seed)
         start_s = time.perf_counter()
         batch, self._rollout_statistics = self._feed.draw(phase, self.progress.phase_step)
         self._wait_s = time.perf_counter() - start_s
@@ -256,34 +240,12 @@ class Session:
         self.checkpoint()
 
     def is_checkpoint_due(self) -> bool:
-        return self.progress.step % self.config.checkpoint.every_steps == 0
+        return self._saver.is_due(self.progress.step)
 
     def checkpoint(self) -> None:
         """Writes the whole state. Refuses, as a stale writer, when a later attempt has begun."""
-        start_s = time.perf_counter()
-        if self._log.is_superseded(self._epoch):
-            raise RuntimeError(
-                f"this is writer epoch {self._epoch} of the run, but a later one has begun;"
-                " nothing was written"
-            )
-        state = {
-            "progress": asdict(self.progress),
-            "num_updates": self.engine.num_updates,
-            "data": self._feed.state(),
-            "log": {"version": self.version},
-        }
-        root = self.place.run_dir / CHECKPOINTS
-        owned = chain(self.engine.owned(with_moments=True), self._buffers())
-        _, num_bytes = write_checkpoint(root, self.progress.step, self._epoch, owned, state)
-        self._event(
-            "checkpoint",
-            step=self.progress.step,
-            version=self.version,
-            bytes=num_bytes,
-            write_s=time.perf_counter() - start_s,
-        )
-        if self._is_first_rank:
-            prune_checkpoints(root, self.config.checkpoint.keep_last)
+        saved = self._saver.save(self.progress, self._feed.state(), self.version)
+        self._event("checkpoint", **saved)
         self._on_checkpoint(self.progress.step)
 
     def finish(self) -> None:
@@ -293,13 +255,6 @@ class Session:
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
             self._wandb.close()
-
-    def _diversify(self, masked_share: float) -> None:
-        """Copies the one expert trained so far to all, by way of a checkpoint."""
-        self.checkpoint()
-        whole = Checkpoint(list_checkpoints(self.place.run_dir / CHECKPOINTS)[-1])
-        read = diversified(whole.read, masked_share, self.config.seed)
-        self.engine.write(read, self.engine.num_updates)
 
     # --- parts ----------------------------------------------------------------------------------
 
@@ -323,15 +278,9 @@ class Session:
     def _rows(self) -> Iterator[Rows]:
         """What this rank owns, rounded as it is published."""
         dtype = getattr(torch, self.config.log.publish_dtype)
-        for owned in chain(self.engine.owned(with_moments=False), self._buffers()):
+        for owned in chain(self.engine.owned(with_moments=False), self._saver.buffers()):
             values = owned.master.to(published_dtype(owned.name, dtype)).contiguous()
             yield Rows(owned.name, owned.shape, owned.row_start, values)
-
-    def _buffers(self) -> Iterator[Owned]:
-        """Routing biases: alike on every rank, and the first rank's."""
-        if self._is_first_rank:
-            for name, values in self.model.buffers().items():
-                yield Owned(name, tuple(values.shape), 0, len(values), values, {})
 
     def _claim_epoch(self) -> int:
         """One epoch for all ranks, claimed by the first; a later attempt takes over."""
@@ -339,21 +288,6 @@ class Session:
         epoch = torch.tensor(self._log.claim_epoch(takeover) if self._is_first_rank else 0)
         dist.broadcast(epoch, src=0)
         return int(epoch)
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        held = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-        buffers = self.model.buffers()
-        expected = self.model.num_parameters()[0] + sum(b.numel() for b in buffers.values())
-        if held != expected:
-            raise ValueError(
-                f"{checkpoint.folder} holds {held} parameters; expected {expected} as in the model"
-            )
-        self.progress = Progress(**checkpoint.state["progress"])
-        self.engine.write(checkpoint.read, checkpoint.state["num_updates"])
-        for name, values in buffers.items():
-            values.copy_(checkpoint.read(name, 0, len(values)).master)
-        if self.dims.rank in checkpoint.rng:
-            torch.set_rng_state(checkpoint.rng[self.dims.rank])
 
     def _measure_heldout(self) -> None:
         if self._feed.rollouts:
