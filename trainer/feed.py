@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.corpus import read_documents
-from gossamer.trainer.data import Source, build_loader, corpus_source, task_source
+from gossamer.trainer.data.stream import Source, build_loader, corpus_source, task_source
 from gossamer.trainer.rl.grpo import PolicyBatch
 from gossamer.trainer.rl.rollouts import RolloutBatches, RolloutSource, RolloutStatistics
 from gossamer.trainer.task import TaskProblems

@@ -23,7 +23,7 @@ from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.checkpoint import Checkpoint
 from gossamer.trainer.config import PhaseConfig, TrainConfig
-from gossamer.trainer.data import task_source
+from gossamer.trainer.data.stream import task_source
 from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from gossamer.trainer.config import TaskConfig
+from gossamer.trainer.data.config import TaskConfig
 from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, Tokenizer
 
 

@@ -6,7 +6,7 @@ import torch
 from gossamer.trainer.batch import Document
 from gossamer.trainer.config import DataConfig, TokenizerConfig
 from gossamer.trainer.corpus import read_documents
-from gossamer.trainer.data import (
+from gossamer.trainer.data.stream import (
     Source,
     TokenStream,
     build_loader,

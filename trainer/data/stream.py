@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import torch
 from gossamer.trainer.batch import Document, TokenBatch, first_fit, pack, permutation
-from gossamer.trainer.config import DataConfig
+from gossamer.trainer.data.config import DataConfig
 from gossamer.trainer.task import Problem, answer_ids, prompt_ids
 from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, Tokenizer
 from torch.utils.data import IterableDataset

@@ -1,0 +1,1 @@
+"""What a replica learns from: files of documents, conversations, mixtures, packed rows."""
