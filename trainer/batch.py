@@ -28,6 +28,17 @@ class TokenBatch:
     weights_BS: torch.Tensor
     """float32; [b, s] weighs the prediction of token [b, s + 1] from place [b, s]."""
 
+    @property
+    def is_real_BS(self) -> torch.Tensor:
+        """bool; False where a row has no document.
+
+        A document that is token 0 alone is taken for none: nothing is learned from it.
+        """
+        goes_on_BS = self.position_ids_BS > 0
+        begins_BS = goes_on_BS.roll(-1, dims=1)
+        begins_BS[:, -1] = False
+        return (self.token_ids_BS != 0) | goes_on_BS | begins_BS
+
     def to_tensors(self) -> tuple[torch.Tensor, ...]:
         """The fields in order, as a broadcast needs them."""
         return tuple(getattr(self, field.name) for field in fields(self))
@@ -61,6 +72,8 @@ class Document:
     token_ids: Sequence[int]
     learn_from: int = 0
     """Tokens before this one are only read; token 0 is never predicted."""
+    is_learned: Sequence[bool] | None = None
+    """Of each token, whether the loss counts on it; None = on all from learn_from on."""
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -71,18 +84,20 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     longest = max(lengths, default=0)
     if longest > capacity:
         raise ValueError(f"a document of {longest} tokens does not fit seq_len {capacity}")
-    least = min(lengths, default=0)
+    size = 1 << max(len(lengths) - 1, 0).bit_length()
+    room = [capacity] * (2 * size)  # a heap: the most room below each node, rows are its leaves
     rows: list[list[int]] = []
-    room: dict[int, int] = {}  # of the rows that could still take the shortest item, in order
     for item, length in enumerate(lengths):
-        row = next((r for r, left in room.items() if left >= length), len(rows))
-        if row == len(rows):
+        node = 1
+        while node < size:
+            node = 2 * node + (room[2 * node] < length)
+        if node - size == len(rows):
             rows.append([])
-            room[row] = capacity
-        rows[row].append(item)
-        room[row] -= length
-        if room[row] < least:
-            del room[row]
+        rows[node - size].append(item)
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return rows
 
 
@@ -107,6 +122,8 @@ def pack(
             position_ids_BS[row, start:stop] = np.arange(stop - start)
             places = slice(start + max(document.learn_from, 1) - 1, stop - 1)
             weights_BS[row, places] = 1.0
+            if document.is_learned is not None:
+                weights_BS[row, start : stop - 1] = document.is_learned[1:]
             learned.append((row, places))
             start = stop
     arrays = (token_ids_BS, position_ids_BS, weights_BS)

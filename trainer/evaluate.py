@@ -13,7 +13,6 @@ from gossamer.parallel.dims import ParallelDims
 from gossamer.trainer.batch import first_fit, pack
 from gossamer.trainer.data.stream import Source
 from gossamer.trainer.model import MoEModel
-from gossamer.trainer.tokenizer import PAD_ID
 
 
 @torch.no_grad()
@@ -26,7 +25,7 @@ def greedy_exact_match(model: MoEModel, dims: ParallelDims, source: Source, seq_
     rows = first_fit(lengths, seq_len)
     batch, learned = pack(source.documents, rows, seq_len)
     mine = batch.split(dims.rank, dims.world_size)
-    model.context.is_real_T = (mine.token_ids_BS != PAD_ID).flatten()
+    model.context.is_real_T = mine.is_real_BS.flatten()
     model.context.token_T = model.context.sequence_T = None
     for block in model.blocks:
         block.gate.train(False)  # an update puts it back

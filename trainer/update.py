@@ -21,7 +21,6 @@ from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.losses import load_metrics
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.rl.grpo import PolicyBatch, policy_loss
-from gossamer.trainer.tokenizer import PAD_ID
 from torch import Tensor
 
 
@@ -95,7 +94,7 @@ def update(
     for block, load_E in zip(model.blocks, load_LE, strict=True):
         block.gate.end_step(load_E)
     loss_sum, balance, z_loss, ratio_sum, clipped = sums.tolist()
-    tokens = int((batch.token_ids_BS != PAD_ID).sum())
+    tokens = int(batch.is_real_BS.sum())
     return UpdateResult(
         loss=loss_sum / weight_sum,
         balance_loss=balance,
@@ -135,7 +134,7 @@ def _set_context(
 ) -> None:
     """first_row: of this micro-batch, in the global batch."""
     moe = config.model.moe
-    context.is_real_T = (part.token_ids_BS != PAD_ID).flatten()
+    context.is_real_T = part.is_real_BS.flatten()
     context.token_T = first_row * part.token_ids_BS.shape[1] + torch.arange(
         part.token_ids_BS.numel()
     )
