@@ -55,8 +55,11 @@ class Topology:
         for name in ("nodes", "ranks_per_node"):
             if getattr(self, name) < 1:
                 raise ValueError(f"topology.{name} is {getattr(self, name)}; expected at least 1")
-        if self.across_cost < 0 or (self.in_node_cost or 0) < 0:
-            raise ValueError("topology: costs of a byte are 0 or more")
+        near, far = self.costs
+        if near < 0 or far < near and self.nodes > 1:
+            raise ValueError(
+                f"topology: expected costs 0 <= in_node_cost={near} <= across_cost={far}"
+            )
 
     @property
     def ranks(self) -> int:
@@ -142,6 +145,28 @@ class Problem:
     def name(self) -> str:
         """What is minimised, for whom."""
         return "balance" if self.objective == "balance" else f"bytes, {self.dispatch}"
+
+
+def balance_problem(
+    load_LE: NDArray[np.int64], topology: Topology, layers: tuple[int, ...] | None = None
+) -> Problem:
+    """The problem of balance alone, from what each expert was given: running counters suffice."""
+    load_LE = np.asarray(load_LE, dtype=np.int64)
+    count, experts = load_LE.shape
+    nothing = TokenSets(
+        expert_UK=np.zeros((0, 1), np.int16),
+        source_U=np.zeros(0, np.int64),
+        count_U=np.zeros(0, np.int64),
+    )
+    return Problem(
+        topology=topology,
+        layers=tuple(range(count)) if layers is None else layers,
+        load_LE=load_LE,
+        source_LRE=np.zeros((count, topology.ranks, experts), np.int64),
+        together_LEE=np.zeros((count, experts, experts), np.int64),
+        flow_LEE=np.zeros((count - 1, experts, experts), np.int64),
+        sets=(nothing,) * count,
+    )
 
 
 def build_problem(
