@@ -7,7 +7,7 @@ writes through it writes the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,14 +33,19 @@ def published_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def logical_views(
-    named_parameters: Iterable[tuple[str, Tensor]], expert_offset: int = 0, model_type: str = ""
+    named_parameters: Iterable[tuple[str, Tensor]],
+    expert_offset: int = 0,
+    model_type: str = "",
+    placed: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Detached views on `named_parameters` under the checkpoint names of `model_type`.
 
     `...experts.gate_up_proj` [E, 2F, D] becomes `...experts.{e}.gate_proj.weight` [F, D] and
     `...experts.{e}.up_proj.weight` [F, D]; `...experts.down_proj` [E, D, F] becomes
     `...experts.{e}.down_proj.weight` [D, F], with e counted from `expert_offset` (the first logical
-    expert this rank holds); Mixtral has names of its own. Every other tensor keeps its own name.
+    expert this rank holds), or as `placed` says for the experts it names: by stem
+    (`...mlp.experts`), the logical expert in each place. Mixtral has names of its own. Every other
+    tensor keeps its own name.
     Gradients work as well as weights. Raises ValueError for fused experts in another layout.
     """
     views: dict[str, Tensor] = {}
@@ -55,7 +60,8 @@ def logical_views(
                 f"{name} of shape {tuple(tensor.shape)}: expected fused experts as "
                 "experts.gate_up_proj [E, 2F, D] and experts.down_proj [E, D, F]"
             )
-        for e, expert in enumerate(tensor.detach(), start=expert_offset):
+        held = range(expert_offset, expert_offset + len(tensor))
+        for e, expert in zip((placed or {}).get(stem, held), tensor.detach(), strict=True):
             for projection, matrix in zip(projections, expert.chunk(len(projections)), strict=True):
                 views[f"{stem}.{e}.{projection}.weight"] = matrix
     return {checkpoint_name(name, model_type): view for name, view in views.items()}

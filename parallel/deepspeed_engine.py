@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import deepspeed
@@ -22,13 +22,12 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups as deepspeed_groups
 from gossamer.parallel.config import ParallelConfig
 from gossamer.parallel.dims import ParallelDims
-from gossamer.parallel.engine import Owned, ReadRows
+from gossamer.parallel.engine import LogicalSegments, Owned, ReadRows
+from gossamer.parallel.exact_norm import SquareSums
 from gossamer.parallel.flat_layout import FlatLayout, Run, Segment
 from gossamer.parallel.gather import gather_texts
+from gossamer.parallel.placement.apply import Copy, copies, exchange
 from torch import Tensor, nn
-
-LogicalSegments = dict[str, list[tuple[str, tuple[int, ...]]]]
-"""Parameter name -> the logical tensors (name, shape) it is made of, in memory order."""
 
 
 class ExpertBlock(Protocol):
@@ -50,6 +49,8 @@ class _StateGroup:
     """One parameter group: its layout, this rank's shard of it and the ranks that share it."""
 
     layout: FlatLayout
+    offsets: dict[str, int]
+    """First element of each of its parameters, by name; the same on every expert rank."""
     parameter: nn.Parameter
     """The flat master shard that the optimizer updates."""
     local_start: int
@@ -84,7 +85,9 @@ class DeepSpeedEngine:
         self._states = list(
             self._zero_states(segments) if self._stage else self._replicated_states(segments)
         )
-        local = [s.name for state in self._states for s in state.layout.segments]
+        segments_held = [s for state in self._states for s in state.layout.segments]
+        self._most_elements = max(math.prod(s.shape) for s in segments_held)
+        local = [s.name for s in segments_held]
         names = sorted({n for text in gather_texts("\n".join(local)) for n in text.split("\n")})
         self._name_index = {name: i for i, name in enumerate(names)}
 
@@ -123,8 +126,14 @@ class DeepSpeedEngine:
                 start += piece.numel()
 
     def _gradient_norm(self) -> float:
-        """Norm over logical tensors, each summed in float64, added in name order on every rank."""
-        square_by_name = torch.zeros(len(self._name_index), dtype=torch.float64)
+        """Norm over logical tensors, added in name order; the same bits wherever they are cut."""
+        most = torch.zeros((), dtype=torch.float64)
+        for _, gradient in self._gradients():
+            if gradient.numel():
+                most = torch.maximum(most, gradient.detach().abs().max().double().cpu())
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        squares = SquareSums(float(most), self._most_elements)
+        square_by_name = torch.zeros(len(self._name_index), 2, dtype=torch.float64)
         for (state, start), gradient in self._gradients():
             if state.is_replicated and state.partition != 0:
                 continue
@@ -132,10 +141,10 @@ class DeepSpeedEngine:
             for segment in state.layout.segments:
                 low, high = max(segment.start, start), min(segment.stop, start + flat.numel())
                 if low < high:
-                    piece = flat[low - start : high - start].double()
-                    square_by_name[self._name_index[segment.name]] += piece.square().sum()
+                    piece = flat[low - start : high - start]
+                    square_by_name[self._name_index[segment.name]] += squares.of(piece).cpu()
         dist.all_reduce(square_by_name)
-        return sum(square_by_name.tolist()) ** 0.5
+        return sum(square_by_name.sum(dim=1).tolist()) ** 0.5
 
     # --- state ----------------------------------------------------------------------------------
 
@@ -178,6 +187,27 @@ class DeepSpeedEngine:
         self.num_updates = num_updates
         if self._stage:
             self._engine.optimizer.update_lp_params()
+
+    def move(self, before: Sequence[LogicalSegments], after: Sequence[LogicalSegments]) -> int:
+        work: list[tuple[Copy, list[Tensor]]] = []
+        states, mine = list(self._states), self._dims.expert_rank
+        for index, state in enumerate(states):
+            was, will_be = (
+                [_place(rank, state.offsets) for rank in ranks] for ranks in (before, after)
+            )
+            if was[mine] != state.layout.segments:
+                raise ValueError("move: expected `before` to be what this rank holds")
+            if was == will_be:
+                continue
+            shards = list(self._buffers(state, with_moments=True).values())
+            size = None if state.is_replicated else state.layout.partition_size
+            work += ((copy, shards) for copy in copies(was, will_be, self._dims, size))
+            layout = FlatLayout(will_be[mine], state.layout.partition_size)
+            states[index] = replace(state, layout=layout)
+        num_bytes, self._states = exchange(work), states
+        if self._stage and work:
+            self._engine.optimizer.update_lp_params()
+        return num_bytes
 
     def _buffers(self, state: _StateGroup, with_moments: bool) -> dict[str, Tensor]:
         """This rank's flat shard of masters and, if asked for and there, of moments."""
@@ -228,15 +258,13 @@ class DeepSpeedEngine:
         """State groups of DeepSpeed's stage 1 and 2 optimizer."""
         zero, names = self._engine.optimizer, {id(p): n for n, p in self._parameters.items()}
         for i, parameters in enumerate(zero.round_robin_bit16_groups):
-            placed: list[Segment] = []
-            for parameter, offset in zip(
-                parameters, zero.round_robin_bit16_offsets[i], strict=True
-            ):
-                placed += _place(segments[names[id(parameter)]], offset)
+            starts = zip(parameters, zero.round_robin_bit16_offsets[i], strict=True)
+            offsets = {names[id(parameter)]: int(start) for parameter, start in starts}
             size, group = int(zero.partition_size[i]), zero.real_dp_process_group[i]
             partition = dist.get_rank(group)
             yield _StateGroup(
-                layout=FlatLayout(tuple(placed), size),
+                layout=FlatLayout(_place(segments, offsets), size),
+                offsets=offsets,
                 parameter=zero.single_partition_of_fp32_groups[i],
                 local_start=partition * size,
                 local_stop=(partition + 1) * size,
@@ -256,9 +284,10 @@ class DeepSpeedEngine:
             )
             yield _StateGroup(
                 layout=FlatLayout(
-                    tuple(_place(segments[name], 0)),
+                    _place(segments, {name: 0}),
                     -(-parameter.numel() // dist.get_world_size(group)),
                 ),
+                offsets={name: 0},
                 parameter=parameter,
                 local_start=0,
                 local_stop=parameter.numel(),
@@ -268,11 +297,14 @@ class DeepSpeedEngine:
             )
 
 
-def _place(logical: list[tuple[str, tuple[int, ...]]], offset: int) -> list[Segment]:
+def _place(segments: LogicalSegments, offsets: dict[str, int]) -> tuple[Segment, ...]:
+    """The logical tensors of the parameters that start at `offsets`."""
     placed: list[Segment] = []
-    for name, shape in logical:
-        placed.append(Segment(name, shape, placed[-1].stop if placed else offset))
-    return placed
+    for parameter, start in offsets.items():
+        for name, shape in segments[parameter]:
+            placed.append(Segment(name, shape, start))
+            start = placed[-1].stop
+    return tuple(placed)
 
 
 def _parameter_groups(

@@ -7,7 +7,7 @@ how the state is sharded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,6 +33,9 @@ class Owned:
 
 ReadRows = Callable[[str, int, int], Owned]
 """(name, row_start, row_stop) -> those rows, wherever they are read from."""
+
+LogicalSegments = dict[str, list[tuple[str, tuple[int, ...]]]]
+"""Parameter name -> the logical tensors (name, shape) it is made of, in memory order."""
 
 ENGINES = {"deepspeed": "gossamer.parallel.deepspeed_engine:DeepSpeedEngine"}
 
@@ -62,4 +65,14 @@ class Engine(Protocol):
 
     def write(self, read: ReadRows, num_updates: int) -> None:
         """Overwrites masters, moments and weights with what `read` returns. A collective call."""
+        ...
+
+    def move(self, before: Sequence[LogicalSegments], after: Sequence[LogicalSegments]) -> int:
+        """Brings logical tensors, with all that is held of them, to other places between steps.
+
+        `before` and `after` say of each expert rank which logical tensors its parameters are made
+        of; every name of `before` is in `after`. Returns the bytes that this rank sent to others.
+        A collective call. Raises ValueError, with nothing moved, for another `before` than is
+        held, or names that do not match.
+        """
         ...

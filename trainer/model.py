@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,12 +176,15 @@ def _check_names(
 
 
 def logical_segments(
-    module: nn.Module, expert_offset: int, model_type: str = ""
+    module: nn.Module,
+    expert_offset: int,
+    model_type: str = "",
+    placed: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """Which logical tensors each parameter is made of, in memory order."""
+    """Which logical tensors each parameter is made of, in memory order; see logical_views."""
     segments: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
     for name, parameter in module.named_parameters():
-        views = logical_views([(name, parameter)], expert_offset, model_type)
+        views = logical_views([(name, parameter)], expert_offset, model_type, placed)
         ordered = sorted(views.items(), key=lambda item: item[1].storage_offset())
         segments[name] = [(logical, tuple(view.shape)) for logical, view in ordered]
         assert sum(math.prod(shape) for _, shape in segments[name]) == parameter.numel()

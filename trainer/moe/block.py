@@ -76,6 +76,9 @@ class MoEBlock(nn.Module):
         self.num_experts = dispatcher.num_experts
         self.dispatcher, self._context = dispatcher, context
         self._has_balance_loss = has_balance_loss
+        self.physical_E: Tensor | None = None
+        """Physical id of each logical expert (see Placement); None = its own. Routing, losses,
+        capacity and counts are logical; dispatch and experts are physical."""
         self._earlier_E: Tensor | None = None
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -89,12 +92,16 @@ class MoEBlock(nn.Module):
             self._context.is_real_T,
             routing.is_used_TK,
         )
-        x_RD, count_e, route = self.dispatcher.dispatch(x_TD, routing.expert_TK, kept_TK)
+        physical_TK = self._physical(routing.expert_TK)
+        x_RD, count_e, route = self.dispatcher.dispatch(x_TD, physical_TK, kept_TK)
         y_TKD = self.dispatcher.combine(self.experts(x_RD, count_e), route)
         # summed in slot order: placement changes no bit
         y_TD = (y_TKD * routing.weight_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)
         y_BSD = y_TD.view_as(x_BSD)
         return y_BSD if self.shared_experts is None else y_BSD + self.shared_experts(x_BSD)
+
+    def _physical(self, expert_TK: Tensor) -> Tensor:
+        return expert_TK if self.physical_E is None else self.physical_E[expert_TK]
 
     def begin_step(self, step: int) -> None:
         """Before the first micro-batch of optimizer step `step`."""
