@@ -165,6 +165,14 @@ class Publisher:
             runs_by_choice=dict(part.runs_by_choice),
         )
 
+    def start_over(self) -> None:
+        """Makes the next version an anchor alone: for when rows have moved between parts.
+
+        A collective call: all parts of a version start over together.
+        """
+        self._encoder.forget()
+        self._last = None
+
     def _kinds(self, version: int) -> list[str]:
         """Every part comes to the same answer: from the config and from manifests alone."""
         if self._last is None:

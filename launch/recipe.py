@@ -64,6 +64,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if train.log.signing_key_path is not None:
         key = str(Path(train.log.signing_key_path).absolute())
         train = replace(train, log=replace(train.log, signing_key_path=key))
+    placement = train.parallel.placement
+    if placement.path is not None:
+        placement = replace(placement, path=str(Path(placement.path).absolute()))
+        train = replace(train, parallel=replace(train.parallel, placement=placement))
     return replace(config, train=train)
 
 

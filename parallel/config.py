@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from gossamer.parallel.placement.config import PlacementConfig
+
 ZERO_STAGES = (0, 1, 2)
 DTYPES = ("float32", "bfloat16")
 DISPATCH_LEVELS = (1, 2)
@@ -73,6 +75,9 @@ class ParallelConfig:
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     """How tokens travel to their experts."""
 
+    placement: PlacementConfig = field(default_factory=PlacementConfig)
+    """Which rank holds which experts."""
+
     def __post_init__(self) -> None:
         for name in ("data", "expert", "reduce_bucket_elements"):
             if getattr(self, name) < 1:
@@ -91,6 +96,8 @@ class ParallelConfig:
                 f"parallel.compute_dtype={self.compute_dtype} needs zero_stage 1 or 2: at stage 0"
                 " DeepSpeed's Adam takes a step without gradients before the first"
             )
+        if self.expert == 1 and not self.placement.is_contiguous:
+            raise ValueError("parallel.placement needs parallel.expert above 1: one rank holds all")
         per_node = self.dispatch.ranks_per_node
         if per_node is not None and self.expert % per_node and per_node % self.expert:
             raise ValueError(

@@ -8,9 +8,11 @@ between two steps, and moving the rows, changes no bit of what is learned.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 from gossamer.parallel.dims import ParallelDims
 from gossamer.parallel.engine import Engine, LogicalSegments
 from gossamer.parallel.placement.placement import Placement, contiguous
@@ -28,24 +30,39 @@ class PlacedExperts:
         self._blocks = dict(_blocks(model))
         self.placement = contiguous(sorted(self._blocks), model.blocks[0].num_experts, dims.expert)
 
-    def place(self, placement: Placement) -> int:
+    @property
+    def blocks(self) -> list[MoEBlock]:
+        """In layer order, as the placement's rows."""
+        return [self._blocks[number][1] for number in self.placement.layers]
+
+    def place(self, placement: Placement) -> dict[str, float]:
         """Moves experts, with all that is held of them, to where `placement` has them.
 
-        Between two steps; a collective call. Returns the bytes that this rank sent to others.
-        Raises ValueError, with nothing moved, for a placement of another model or EP.
+        Between two steps; a collective call. Returns bytes (sent by all ranks), busiest_bytes (by
+        the one that sent most), move_s and moved_experts. Raises ValueError, with nothing moved,
+        for a placement of another model or EP.
         """
+        start_s = time.perf_counter()
         for name in ("layers", "experts", "ranks"):
             found, expected = getattr(placement, name), getattr(self.placement, name)
             if found != expected:
                 raise ValueError(f"the placement has {name} {found}; expected {expected}")
         before, after = self._segments(self.placement), self._segments(placement)
-        num_bytes = self._engine.move(before, after)
+        sent = torch.tensor(self._engine.move(before, after))
         for number, slots_E in zip(placement.layers, placement.slots_LS, strict=True):
             block = self._blocks[number][1]
             device = block.experts.down_proj.device
             block.physical_E = torch.tensor(slots_E, device=device).argsort()
-        self.placement = placement
-        return num_bytes
+        moved_experts, self.placement = self.placement.moved(placement), placement
+        busiest = sent.clone()
+        dist.all_reduce(sent)
+        dist.all_reduce(busiest, op=dist.ReduceOp.MAX)
+        return {
+            "moved_experts": moved_experts,
+            "bytes": int(sent),
+            "busiest_bytes": int(busiest),
+            "move_s": time.perf_counter() - start_s,
+        }
 
     def _segments(self, placement: Placement) -> list[LogicalSegments]:
         """Of each expert rank."""

@@ -21,6 +21,7 @@ from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
+from gossamer.parallel.placement.placement import load_placement
 from gossamer.trainer.checkpoint import Checkpoint
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data.stream import task_source
@@ -30,8 +31,10 @@ from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import build_adamw, decays, lr_at
+from gossamer.trainer.placement import PlacedExperts
 from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
 from gossamer.trainer.proof import trainer_state_hash
+from gossamer.trainer.replacement import LivePlacement
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.saving import Progress, Saver
 from gossamer.trainer.tokenizer import token_fields
@@ -79,6 +82,8 @@ class Session:
             lambda groups: build_adamw(groups, config.optim),
             decays,
         )
+        self._experts = PlacedExperts(self.model, self.engine, self.dims)
+        self._live_placement = LivePlacement(config.parallel, self._experts, self.dims)
         self._log = WeightLog.open(place.run_dir / LOG_FOLDER, run_id=place.name)
         self._epoch = self._claim_epoch()
         key = config.log.signing_key_path
@@ -103,6 +108,9 @@ class Session:
         self._saver = Saver(
             config.checkpoint, place.run_dir, self._epoch, self.engine, self.model, self._log
         )
+        if config.parallel.placement.path is not None:
+            moved = self._experts.place(load_placement(Path(config.parallel.placement.path)))
+            self._event("placement", reason="file", is_moved=True, **moved)
         if checkpoint:
             self.progress = self._saver.restore(checkpoint)
 
@@ -162,6 +170,11 @@ class Session:
         result = update(self.model, self.engine, self.dims, batch, lr, self.config, self._trace)
         self.progress.step += 1
         self.progress.phase_step += 1
+        decision = self._live_placement.after_update(self.progress.step, result.expert_load)
+        if decision is not None:
+            self._event("placement", step=self.progress.step, **decision)
+            if decision["is_moved"]:
+                self._publisher.start_over()
         return result
 
     def publish(self, phase: PhaseConfig) -> None:

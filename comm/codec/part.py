@@ -163,6 +163,10 @@ class PartEncoder:
         part.anchor_gain &= MASK_64
         return part
 
+    def forget(self) -> None:
+        """Drops the base: what comes next may be other rows."""
+        self._base.clear()
+
     def move_base(self, part: EncodedPart) -> None:
         """Makes `part` the base of the next one."""
         sizes = {_key(run): len(run.payload) for run in (*part.anchor, *part.delta)
