@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from gossamer.comm.codec.kernels import find_changes
+from gossamer.comm.codec.lanes import find_changes
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32}
@@ -35,20 +35,19 @@ def tensor_bits(tensor: torch.Tensor) -> np.ndarray:
 
 def find_changed(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where flat patterns differ (uint32, ascending), the old ones there, the new ones there."""
-    room = len(old) + 8
-    found = np.empty(room, np.uint32), np.empty(room, old.dtype), np.empty(room, old.dtype)
-    count = find_changes(_words(old), _words(new), old, new, found)
-    return found[0][:count].copy(), found[1][:count].copy(), found[2][:count].copy()
+    pieces, at, room = [], 0, len(old) // 32 + 64
+    while at < len(old) or not pieces:
+        found = np.empty(room, np.uint32), np.empty(room, old.dtype), np.empty(room, old.dtype)
+        count, at = find_changes(old, new, at, found)
+        pieces.append([part[:count] for part in found])
+        room = 2 * room
+    positions, before, after = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    return positions, before, after
 
 
 def find_positions(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Where flat patterns differ, ascending, uint32."""
     return find_changed(old, new)[0]
-
-
-def _words(bits: np.ndarray) -> np.ndarray:
-    """`bits` as 64-bit words, as far as they go; they may begin anywhere."""
-    return np.frombuffer(bits.data, np.uint64, bits.nbytes // 8)
 
 
 def steps_between(old: np.ndarray, new: np.ndarray) -> np.ndarray:

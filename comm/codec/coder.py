@@ -1,8 +1,8 @@
 """The loops of the entropy coder: old values and changes to bytes, and back.
 
-The one idea: one pass over the old values per direction, four elements at a time whatever the
-dtype, that stops only at changes. Long ways to the next change are added up by a loop that LLVM
-makes gathers of; that is what keeps the scan near the speed of memory.
+The one idea: one pass over the old values per direction that stops only at changes. The way from
+one to the next is added up in strides of vectors (lanes.py), which keeps the scan near the speed of
+memory; the format's words of four elements are looked at only where a change or a window ends.
 
 Blocks are rANS (Duda, arXiv 1311.2540) with a 64-bit state that grows from 1 and moves in 16-bit
 words, so a block costs no more than its symbols and half a byte.
@@ -20,12 +20,11 @@ from gossamer.comm.codec.kernels import (
     take_step,
     zigzag_step,
 )
+from gossamer.comm.codec.lanes import STRIDE, sum_stride
 from numba import uint64 as u64
 
 LOW = 1 << 47
 """The rANS state is refilled below this."""
-MIN_LEAP = 192
-"""Elements; a shorter way to the next change is cheaper word by word."""
 NODE_MASK = (1 << NODE_BITS) - 1
 SCALE = 1 << SCALE_BITS
 
@@ -42,62 +41,90 @@ def cumulative_at(cumulative, length):
 
 
 @compiled
-def sum_lengths(old, at, count, lengths, shift):
-    """Length of `old` [at, at + count), count a multiple of 4; LLVM makes gathers of this loop."""
-    total = np.int64(0)
-    first = u64(at)
-    for word in range(count >> 2):
-        i = first + u64(word) * u64(4)
-        total += (lengths[old[i] >> shift] + lengths[old[i + u64(1)] >> shift]) + (
-            lengths[old[i + u64(2)] >> shift] + lengths[old[i + u64(3)] >> shift]
-        )
+def sum_lengths(old, at, count, lengths, table, shape):
+    """Length of `old` [at, at + count)."""
+    total, stop = np.int64(0), at + count
+    if shape[3] >= 0:
+        while at + STRIDE <= stop:
+            total += sum_stride(old, u64(at), STRIDE, table, shape)
+            at += STRIDE
+        return total + sum_stride(old, u64(at), stop - at, table, shape)
+    while at < stop:
+        total += lengths[u64(old[u64(at)]) >> u64(shape[0])]
+        at += 1
     return total
 
 
 @compiled
-def list_symbols(old, lo, hi, positions, after, lengths, class_of, steps, shape, cumulative, out):
+def skip(old, at, stop, length, limit, lengths, table, shape):
+    """(place, length) as many strides on from `at` as end at `limit` or before."""
+    while at + STRIDE <= stop:
+        if shape[3] >= 0:
+            ahead = sum_stride(old, u64(at), STRIDE, table, shape)
+        else:
+            ahead = sum_lengths(old, at, STRIDE, lengths, table, shape)
+        if length + ahead > limit:
+            break
+        length += ahead
+        at += STRIDE
+    return at, length
+
+
+@compiled
+def leave_windows(old, lo, begin, target, lengths, table, shape, cumulative, out, count):
+    """Lists the symbols of full words that end at WINDOW or more behind `begin`; returns the number
+    of symbols and where the last of those words ends."""
+    starts, sizes, scales = out
+    at = begin - ((begin - lo) & 3)
+    length = -sum_lengths(old, at, begin - at, lengths, table, shape)
+    while at + 4 <= target:
+        at, length = skip(old, at, target, length, WINDOW - 1, lengths, table, shape)
+        if at + 4 > target:
+            break
+        length += sum_lengths(old, at, 4, lengths, table, shape)
+        at += 4
+        if length >= WINDOW:
+            starts[count] = cumulative_at(cumulative, length)
+            sizes[count] = SCALE - starts[count]
+            scales[count] = SCALE_BITS
+            count += 1
+            length, begin = np.int64(0), at
+    return count, begin
+
+
+@compiled
+def list_symbols(
+    old, lo, hi, positions, after, lengths, table, shape, class_of, steps, order, cumulative, out
+):
     """Symbols of one block, in the order of the decoder: (start, size, bits of the scale) each.
 
-    `old` [lo, hi) is the block, `positions` its changes, `after` their new patterns; `lengths` and
-    `class_of` by prefix; `steps` [class, symbol + 1] cumulative out of 4096. Returns their number.
+    `old` [lo, hi) is the block, `positions` its changes, `after` their new patterns; `class_of` by
+    prefix; `steps` [class, symbol + 1] cumulative out of 4096; `order` is (sign, kind). Returns
+    their number.
     """
-    shift, sign, kind = u64(shape[0]), shape[1], shape[2]
+    sign, kind = order
     starts, sizes, scales = out
-    count, length, at = 0, np.int64(0), lo
+    count, begin = 0, np.int64(lo)
     num_changes = len(positions)
     for change in range(num_changes + 1):
-        target = positions[change] if change < num_changes else hi
-        ahead = (target - at) & ~3
-        if ahead >= 32:
-            total = sum_lengths(old, at, ahead, lengths, shift)
-            if length + total < WINDOW:
-                length += total
-                at += ahead
-        while at + 4 <= target:
-            i = u64(at)
-            length += (lengths[u64(old[i]) >> shift] + lengths[u64(old[i + u64(1)]) >> shift]) + (
-                lengths[u64(old[i + u64(2)]) >> shift] + lengths[u64(old[i + u64(3)]) >> shift]
+        target = np.int64(positions[change]) if change < num_changes else np.int64(hi)
+        before_it = sum_lengths(old, begin, target - begin, lengths, table, shape)
+        if before_it >= WINDOW:
+            count, begin = leave_windows(
+                old, lo, begin, target, lengths, table, shape, cumulative, out, count
             )
-            at += 4
-            if length >= WINDOW:
-                starts[count] = cumulative_at(cumulative, length)
-                sizes[count] = SCALE - starts[count]
-                scales[count] = SCALE_BITS
-                count += 1
-                length = np.int64(0)
-        before_it = length
-        for i in range(at, target):
-            before_it += lengths[u64(old[i]) >> shift]
+            before_it = sum_lengths(old, begin, target - begin, lengths, table, shape)
         starts[count] = cumulative_at(cumulative, before_it)
         scales[count] = SCALE_BITS
         if change == num_changes:
             sizes[count] = SCALE - starts[count]
             return count + 1
-        prefix = u64(old[target]) >> shift
+        before = old[u64(target)]
+        prefix = u64(before) >> u64(shape[0])
         behind_it = before_it + lengths[prefix]
         sizes[count] = cumulative_at(cumulative, behind_it) - starts[count]
-        length -= behind_it
-        symbol, bits, value = step_symbol(zigzag_step(old[target], after[change], sign, kind))
+        begin = target + 1
+        symbol, bits, value = step_symbol(zigzag_step(before, after[change], sign, kind))
         row = class_of[prefix]
         count += 1
         starts[count] = steps[row, symbol]
@@ -115,30 +142,35 @@ def list_symbols(old, lo, hi, positions, after, lengths, class_of, steps, shape,
 
 
 @compiled
-def code_symbols(out, count, data):
-    """Writes `count` symbols at the end of `data` (uint8); returns where they begin."""
+def code_symbols(out, count, words, data):
+    """Writes `count` symbols at the end of `data`, bytes that `words` (uint16) are too; returns
+    where they begin."""
     starts, sizes, scales = out
-    at = len(data)
+    at = u64(len(words))
     state = u64(1)
     for i in range(count - 1, -1, -1):
         size, scale = u64(sizes[i]), u64(scales[i])
         if size == u64(1) << scale:
             continue
         limit = ((u64(LOW) >> scale) << u64(16)) * size
+        # whether a word goes out is anyone's guess: no branch for the first
+        words[at - u64(1)] = state
+        goes_out = u64(state >= limit)
+        at -= goes_out
+        state >>= goes_out << u64(4)
         while state >= limit:
-            at -= 2
-            data[at] = state & u64(255)
-            data[at + 1] = (state >> u64(8)) & u64(255)
+            at -= u64(1)
+            words[at] = state
             state >>= u64(16)
         whole = state // size
         state = (whole << scale) + (state - whole * size) + u64(starts[i])
     while state > u64(255):
-        at -= 2
-        data[at] = state & u64(255)
-        data[at + 1] = (state >> u64(8)) & u64(255)
+        at -= u64(1)
+        words[at] = state
         state >>= u64(16)
+    at <<= u64(1)
     if state:
-        at -= 1
+        at -= u64(1)
         data[at] = state
     return at
 
@@ -198,29 +230,9 @@ def read_step(state, data, at, steps, row):
 
 
 @compiled
-def leap(old, word, hi, length, limit, per_length, lengths, shift):
-    """Most of the way to the next change, by what elements took so far; half of it, and so on,
-    where that is too far. Returns (word, length, elements per length)."""
-    farthest = hi - word
-    while farthest >= MIN_LEAP:
-        ahead = np.int64(0.75 * per_length * (limit - length))
-        ahead = min(ahead, farthest, hi - word) & ~31
-        if ahead < MIN_LEAP:
-            break
-        total = sum_lengths(old, word, ahead, lengths, shift)
-        if length + total > limit:
-            farthest = ahead >> 1
-            continue
-        length += total
-        word += ahead
-        per_length += (ahead / (total + 1.0) - per_length) / 4
-    return word, length, per_length
-
-
-@compiled
-def word_lengths(old, word, hi, lengths, shift):
+def word_lengths(old, word, hi, lengths, table, shape):
     """Lengths of the four elements from `word` on, 0 for those from `hi` on."""
-    i = u64(word)
+    i, lengths, shift = u64(word), lengths, u64(shape[0])
     if word + 4 <= hi:
         return (
             lengths[u64(old[i]) >> shift],
@@ -272,13 +284,15 @@ def read_changes(
 
 
 @compiled
-def decode_block(old, lo, hi, data, lengths, class_of, steps, shape, tables, count, found):
+def decode_block(
+    old, lo, hi, data, lengths, table, shape, class_of, steps, order, tables, count, found
+):
     """Decodes `data` on `old` [lo, hi); appends to `found` (positions, patterns) from `count` on.
 
     Returns the new count, or TOO_MANY, BAD_STEP, BAD_END. Reads and writes inside its arrays
     whatever the data; every turn of a loop moves on in `old` or in the lanes of a word.
     """
-    shift, sign, kind = u64(shape[0]), shape[1], shape[2]
+    sign, kind = order
     cumulative, guide = tables
     positions, patterns = found
     state, at = u64(0), 0
@@ -287,28 +301,24 @@ def decode_block(old, lo, hi, data, lengths, class_of, steps, shape, tables, cou
     state, at = refilled(state, data, at)
     target = farthest(state, cumulative, guide)
     ends = np.empty(5, np.int64)
-    sample = min(hi - lo, 256) & ~3
-    per_length = (sample + 1.0) / (sum_lengths(old, lo, sample, lengths, shift) + 1.0)
-    length, word, count = np.int64(0), lo, np.int64(count)
-    may_leap = True
+    length, word, count = np.int64(0), np.int64(lo), np.int64(count)
+    may_skip, first_count = True, count
     while word < hi:
         limit = min(target, WINDOW - 1)
-        if may_leap:
-            word, length, per_length = leap(
-                old, word, hi, length, limit, per_length, lengths, shift
-            )
-            may_leap = False
+        if may_skip:
+            word, length = skip(old, word, hi, length, limit, lengths, table, shape)
+            may_skip = False
             if word >= hi:
                 break
-        first, second, third, fourth = word_lengths(old, word, hi, lengths, shift)
+        first, second, third, fourth = word_lengths(old, word, hi, lengths, table, shape)
         end = length + ((first + second) + (third + fourth))
         if end > limit:
             ends[0], ends[1], ends[4] = length, length + first, end
             ends[2] = ends[1] + second
             ends[3] = ends[2] + third
             state, at, count, target = read_changes(
-                old, word, data, class_of, steps, shift, sign, kind, cumulative, guide, positions,
-                patterns, ends, state, at, count, target,
+                old, word, data, class_of, steps, u64(shape[0]), sign, kind, cumulative, guide,
+                positions, patterns, ends, state, at, count, target,
             )  # fmt: skip
             if count < 0:
                 return count
@@ -319,7 +329,8 @@ def decode_block(old, lo, hi, data, lengths, class_of, steps, shape, tables, cou
                 state, at = refilled(state, data, at)
                 end = np.int64(0)
                 target = farthest(state, cumulative, guide)
-            may_leap = True
+            # where changes are close to each other most strides hold one
+            may_skip = word - lo > 2 * STRIDE * (count - first_count)
         length = end
         word += 4
     start = cumulative_at(cumulative, length)

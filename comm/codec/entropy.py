@@ -21,8 +21,10 @@ from gossamer.comm.codec.coder import (
 from gossamer.comm.codec.elements import class_of_prefix, element_shape
 from gossamer.comm.codec.hazard import CUMULATIVE, GUIDE, LENGTHS
 from gossamer.comm.codec.kernels import NUM_STEP_SYMBOLS
+from gossamer.comm.codec.lanes import Line, build_line
 from gossamer.comm.run import Model, Run, WireError
 
+KEPT_SYMBOLS = 1 << 17
 FAULTS = {
     TOO_MANY: "holds more changes than its table says",
     BAD_STEP: "holds a step that leaves the dtype",
@@ -35,13 +37,22 @@ class EntropyCodec:
 
     def __init__(self, zstd_level: int = 1) -> None:
         """`zstd_level` is for codecs that use zstd; this one does not."""
+        self._kept = _symbols(0)
+
+    def _room(self, num_symbols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Arrays for so many symbols, the same ones for most blocks; large ones are not kept."""
+        if num_symbols > KEPT_SYMBOLS:
+            return _symbols(num_symbols)
+        if num_symbols > len(self._kept[0]):
+            self._kept = _symbols(num_symbols)
+        return self._kept
 
     def encode(
         self, run: Run, old: np.ndarray, positions: np.ndarray, after: np.ndarray
     ) -> list[bytes]:
         """See Codec.encode; `run` has a model that can code these changes."""
         assert run.model is not None
-        lengths, rows, steps = _tables(run.model, run.dtype)
+        line, rows, steps = _tables(run.model, run.dtype)
         size = run.block_rows * run.row_elements
         edges = np.searchsorted(positions, np.arange(1, run.num_blocks) * size)
         payloads, first = [], 0
@@ -52,24 +63,24 @@ class EntropyCodec:
                 payloads.append(b"")
                 continue
             # at most four symbols a change, and one a word
-            room = 4 * count + (hi - lo) // 4 + 2
-            out = np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.uint8)
+            out = self._room(4 * count + (hi - lo) // 4 + 2)
             symbols = list_symbols(
                 old,
                 lo,
                 hi,
                 positions[first:last],
                 after[first:last],
-                lengths,
+                *line,
                 rows,
                 steps,
-                element_shape(run.dtype),
+                element_shape(run.dtype)[1:],
                 CUMULATIVE,
                 out,
             )
             # a symbol is 36 bits at most
-            data = np.empty(5 * symbols + 16, np.uint8)
-            payloads.append(data[code_symbols(out, symbols, data) :].tobytes())
+            words = np.empty(5 * symbols // 2 + 8, np.uint16)
+            data = words.view(np.uint8)
+            payloads.append(data[code_symbols(out, symbols, words, data) :].tobytes())
             first = last
         return payloads
 
@@ -77,7 +88,7 @@ class EntropyCodec:
         """See Codec.decode."""
         if run.model is None:
             raise WireError(f"{run.name} is coded by entropy and names no model")
-        lengths, rows, steps = _tables(run.model, run.dtype)
+        line, rows, steps = _tables(run.model, run.dtype)
         found = np.empty(run.count, np.uint32), np.empty(run.count, old.dtype)
         count = 0
         for lo, hi, payload in run.blocks():
@@ -88,10 +99,10 @@ class EntropyCodec:
                 lo,
                 hi,
                 np.frombuffer(payload, np.uint8),
-                lengths,
+                *line,
                 rows,
                 steps,
-                element_shape(run.dtype),
+                element_shape(run.dtype)[1:],
                 (CUMULATIVE, GUIDE),
                 count,
                 found,
@@ -103,13 +114,16 @@ class EntropyCodec:
         return found
 
 
+def _symbols(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.empty(number, np.int64), np.empty(number, np.int64), np.empty(number, np.uint8)
+
+
 @lru_cache(maxsize=256)
-def _tables(model: Model, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Length and model row by class prefix, cumulative frequencies by row."""
-    rows = class_of_prefix(dtype) - model.first
-    lengths = LENGTHS[list(model.lengths)]
-    lengths = np.where(rows < len(lengths), lengths[np.clip(rows, 0, len(lengths) - 1)], 0)
+def _tables(model: Model, dtype: str) -> tuple[Line, np.ndarray, np.ndarray]:
+    """Lengths of elements, model row by class prefix, cumulative frequencies by row."""
+    line = build_line(dtype, model.first, LENGTHS[list(model.lengths)])
     steps = np.zeros((len(model.steps), NUM_STEP_SYMBOLS + 1), np.int64)
     for row, frequencies in zip(steps, model.steps, strict=True):
         row[1 : len(frequencies) + 1] = frequencies
-    return lengths, np.clip(rows, 0, len(steps) - 1), steps.cumsum(axis=1)
+    rows = np.clip(class_of_prefix(dtype) - model.first, 0, len(steps) - 1)
+    return line, rows, steps.cumsum(axis=1)

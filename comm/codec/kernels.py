@@ -23,32 +23,6 @@ compiled = njit(cache=True, nogil=True, error_model="numpy")
 
 
 @compiled
-def find_changes(old_words, new_words, old, new, found):
-    """Writes where flat `old` and `new` differ, and both values there, into `found` (positions,
-    before, after); returns how many. `*_words` are the same bytes as uint64 as far as they go;
-    arrays of `found` have room for eight more than the elements."""
-    positions, before, after = found
-    count = u64(0)
-    lanes = u64(8 // old.itemsize)
-    for word in range(len(old_words)):
-        if old_words[word] != new_words[word]:
-            first = u64(word) * lanes
-            for lane in range(lanes):
-                at = first + u64(lane)
-                positions[count] = at
-                before[count] = old[at]
-                after[count] = new[at]
-                count += u64(old[at] != new[at])
-    for rest in range(u64(len(old_words)) * lanes, len(old)):
-        at = u64(rest)
-        positions[count] = at
-        before[count] = old[at]
-        after[count] = new[at]
-        count += u64(old[at] != new[at])
-    return count
-
-
-@compiled
 def count_prefixes(bits, shift, counts):
     """Adds how many of `bits` have each class prefix."""
     for at in range(len(bits)):

@@ -1,0 +1,167 @@
+"""Many elements at once: LLVM's vectors behind numba, for the passes over every weight.
+
+The one idea: two things that LLVM does not find in plain loops are written out as vectors. 64 bytes
+are compared into one word of bits; and lengths on the line of hazard (hazard.py) are looked up 16
+at a time in a table that lies in two registers (AVX-512's vpermi2d). On processors without it, and
+for models of more classes than registers hold, callers take the plain loop, which adds up the same.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from gossamer.comm.codec.elements import class_of_prefix, element_shape
+from gossamer.comm.codec.kernels import compiled
+from llvmlite import binding, ir
+from numba import types
+from numba import uint64 as u64
+from numba.core import cgutils, config
+from numba.extending import intrinsic
+
+# what numba compiles for, which settings of its own can hold back
+HAS_LOOKUP = (
+    bool(binding.get_host_cpu_features().get("avx512f", False))
+    and config.CPU_NAME is None
+    and config.CPU_FEATURES is None
+    and bool(config.ENABLE_AVX)
+)
+STRIDE = 32
+"""Elements that are added up at once, and lengths that a table holds."""
+_LANES = STRIDE // 2
+_I1, _I32, _I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+_V32 = ir.VectorType(_I32, _LANES)
+
+
+class Line(NamedTuple):
+    """The lengths of elements, as the loops take them."""
+
+    lengths: np.ndarray
+    """By class prefix, int64."""
+    table: np.ndarray
+    """By class from the first on, int32 [STRIDE]."""
+    shape: tuple[int, int, int, int]
+    """(shift from a pattern to its prefix, mask from there to its class, first class, the entry of
+    `table` from which on all are 0); the last is negative where `table` is not to be used."""
+
+
+def build_line(dtype: str, first: int, lengths: np.ndarray, use_table: bool = HAS_LOOKUP) -> Line:
+    """The line of a model whose classes have `lengths` (int64) from `first` on."""
+    classes = class_of_prefix(dtype)
+    index = np.clip(classes - first, 0, len(lengths))
+    table = np.zeros(STRIDE, np.int32)
+    last = len(lengths) if use_table and len(lengths) < STRIDE else -1
+    table[: max(last, 0)] = lengths[: max(last, 0)]
+    shape = element_shape(dtype)[0], int(classes.max()), first, last
+    return Line(np.append(lengths, 0)[index], table, shape)
+
+
+@intrinsic
+def differing(context, old, new, at):
+    """Bit i is set where old[at + i] != new[at + i], over 64 bytes."""
+
+    def generate(context, builder, signature, arguments):
+        lanes = 512 // old.dtype.bitwidth
+        vector = ir.VectorType(ir.IntType(old.dtype.bitwidth), lanes)
+        pair = []
+        for kind, array in zip(signature.args[:2], arguments[:2], strict=True):
+            place = _place(context, builder, kind, array, arguments[2], vector)
+            pair.append(builder.load(place, align=old.dtype.bitwidth // 8))
+        bits = builder.bitcast(builder.icmp_unsigned("!=", *pair), ir.IntType(lanes))
+        return bits if lanes == 64 else builder.zext(bits, _I64)
+
+    return types.uint64(old, new, types.uint64), generate
+
+
+@intrinsic
+def lowest_bit(context, word):
+    """Number of the lowest bit that is set in `word`, not 0."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], _I1(True))
+
+    return types.uint64(types.uint64), generate
+
+
+@intrinsic
+def sum_stride(context, old, at, count, table, shape):
+    """Lengths of old [at, at + count) by `line.by_class`, count at most STRIDE."""
+
+    def generate(context, builder, signature, arguments):
+        if not HAS_LOOKUP:
+            return _I64(0)
+        array, at, count, held, shape = arguments
+        place = _place(context, builder, table, held, _I64(0), _V32)
+        halves = [builder.load(builder.gep(place, [_I32(half)]), align=4) for half in range(2)]
+        shift, mask, first, last = (
+            _spread(builder, value) for value in cgutils.unpack_tuple(builder, shape)
+        )
+        narrow = ir.VectorType(ir.IntType(old.dtype.bitwidth), _LANES)
+        bits = ir.VectorType(_I1, _LANES)
+        load = f"llvm.masked.load.v16i{old.dtype.bitwidth}.p0"
+        load = _function(builder, load, narrow, [narrow.as_pointer(), _I32, bits, narrow])
+        smallest = _function(builder, "llvm.umin.v16i32", _V32, [_V32, _V32])
+        greatest = _function(builder, "llvm.smax.v16i32", _V32, [_V32, _V32])
+        look_up = _function(builder, "llvm.x86.avx512.vpermi2var.d.512", _V32, [_V32] * 3)
+        zero, total = _V32([0] * _LANES), None
+        for begin in (0, _LANES):
+            lanes = _V32(list(range(begin, begin + _LANES)))
+            is_in = builder.icmp_signed("<", lanes, _spread(builder, count))
+            place = _place(context, builder, old, array, builder.add(at, _I64(begin)), narrow)
+            align = _I32(old.dtype.bitwidth // 8)
+            values = builder.call(load, [place, align, is_in, narrow([0] * _LANES)])
+            if old.dtype.bitwidth < 32:
+                values = builder.zext(values, _V32)
+            classes = builder.and_(builder.lshr(values, shift), mask)
+            index = builder.call(greatest, [builder.sub(classes, first), zero])
+            index = builder.call(smallest, [index, last])
+            found = builder.call(look_up, [halves[0], index, halves[1]])
+            found = builder.select(is_in, found, zero)
+            total = found if total is None else builder.add(total, found)
+        add_up = _function(builder, "llvm.vector.reduce.add.v16i32", _I32, [_V32])
+        return builder.zext(builder.call(add_up, [total]), _I64)
+
+    return types.int64(old, types.uint64, types.int64, table, shape), generate
+
+
+@compiled
+def find_changes(old, new, begin, found):
+    """Writes where flat `old` and `new` differ from `begin` on, and both values there, into `found`
+    (positions, before, after), arrays of at least 64; returns how many, and where it stopped for
+    want of room, or the end."""
+    positions, before, after = found
+    count, at, lanes = u64(0), u64(begin), u64(64 // old.itemsize)
+    room, stop = u64(len(positions)), u64(len(old))
+    while at < stop and count + lanes <= room:
+        if at + lanes <= stop:
+            differ = differing(old, new, at)
+        else:
+            differ = u64(0)
+            for lane in range(stop - at):
+                differ |= u64(old[at + lane] != new[at + lane]) << lane
+        while differ:
+            place = at + lowest_bit(differ)
+            differ &= differ - u64(1)
+            positions[count] = place
+            before[count] = old[place]
+            after[count] = new[place]
+            count += u64(1)
+        at = min(at + lanes, stop)
+    return count, at
+
+
+def _place(context, builder, kind, array, at, vector):
+    """Pointer to the vector at element `at` of an array."""
+    begin = context.make_array(kind)(context, builder, array).data
+    return builder.bitcast(builder.gep(begin, [at]), vector.as_pointer())
+
+
+def _spread(builder, value):
+    """A 64-bit integer in all lanes."""
+    one = builder.insert_element(_V32(ir.Undefined), builder.trunc(value, _I32), _I32(0))
+    return builder.shuffle_vector(one, _V32(ir.Undefined), _V32([0] * _LANES))
+
+
+def _function(builder, name, returned, arguments):
+    kind = ir.FunctionType(returned, arguments)
+    return cgutils.get_or_insert_function(builder.module, kind, name)
