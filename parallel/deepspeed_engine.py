@@ -102,6 +102,7 @@ class DeepSpeedEngine:
     def step(self, lr: float, max_norm: float) -> float:
         norm = self._gradient_norm()
         if not math.isfinite(norm):
+            self._drop_gradients()
             raise FloatingPointError(f"the gradient norm is {norm}; expected a finite number")
         if max_norm and norm > max_norm:
             for _, gradient in self._gradients():
@@ -124,6 +125,16 @@ class DeepSpeedEngine:
             for piece in self._engine.optimizer.averaged_gradients[index]:
                 yield (state, start), piece
                 start += piece.numel()
+
+    def _drop_gradients(self) -> None:
+        """As DeepSpeed does where it finds an overflow itself."""
+        zero = self._engine.optimizer
+        zero.zero_grad(set_to_none=True)
+        if self._stage:
+            zero.micro_step_id = -1
+            zero._release_preflattened_grad_buffers()
+            for kept in (zero.averaged_gradients, zero.all_grad_tensors):
+                kept.update(dict.fromkeys(kept))
 
     def _gradient_norm(self) -> float:
         """Norm over logical tensors, added in name order; the same bits wherever they are cut."""

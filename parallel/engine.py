@@ -55,7 +55,8 @@ class Engine(Protocol):
     def step(self, lr: float, max_norm: float) -> float:
         """Clips the summed gradient to max_norm (0 = no clipping), updates, returns its norm.
 
-        Raises FloatingPointError, with nothing updated, when the gradient is not finite.
+        Raises FloatingPointError, on all ranks, with nothing updated and the gradient dropped, when
+        it is not finite.
         """
         ...
 

@@ -27,6 +27,7 @@ from gossamer.trainer.families import (
 )
 from gossamer.trainer.hf_folder import HFFolder, write_shards
 from gossamer.trainer.moe.block import MoEBlock, StepContext
+from gossamer.trainer.step.recompute import recompute
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -134,6 +135,8 @@ def build_model(
         blocks.append(ours)
     if not blocks:
         raise ValueError(f"the {hf.model_type} model has no MoE layer; expected at least one")
+    if config.recompute != "none":
+        recompute(blocks if config.recompute == "moe" else module.get_decoder().layers, context)
     offset = dims.local_experts(blocks[0].num_experts).start
     segments = logical_segments(module, offset, hf.model_type)
     model = MoEModel(module, hf, blocks, context, segments)

@@ -36,10 +36,33 @@ class Progress:
     """Where the run stands."""
 
     step: int = 0
-    """Optimizer updates done."""
+    """Optimizer updates done, skipped ones among them."""
     phase_index: int = 0
     phase_step: int = 0
     """Updates done in the current phase."""
+    skips: int = 0
+    """Updates skipped because the gradient was not finite."""
+    phase_skips: int = 0
+    """Those of the current phase, by which its learning rate is behind."""
+    skips_in_row: int = 0
+    """The last updates, as far as they were all skipped."""
+
+    @property
+    def lr_step(self) -> int:
+        """Number of the next update in the phase's learning-rate curve."""
+        return self.phase_step - self.phase_skips
+
+    def advance(self, skipped: bool) -> None:
+        """After an update."""
+        self.step += 1
+        self.phase_step += 1
+        self.skips += skipped
+        self.phase_skips += skipped
+        self.skips_in_row = self.skips_in_row + 1 if skipped else 0
+
+    def end_phase(self) -> None:
+        self.phase_index += 1
+        self.phase_step = self.phase_skips = 0
 
 
 class Saver:

@@ -37,6 +37,9 @@ from gossamer.trainer.proof import trainer_state_hash
 from gossamer.trainer.replacement import LivePlacement
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.saving import Progress, Saver
+from gossamer.trainer.step.determinism import be_deterministic
+from gossamer.trainer.step.flops import measured_peak
+from gossamer.trainer.step.profile import StepProfiler
 from gossamer.trainer.tokenizer import token_fields
 from gossamer.trainer.update import UpdateResult, update
 
@@ -62,6 +65,8 @@ class Session:
         rollouts: RolloutSource | None,
         on_checkpoint: Callable[[int], None],
     ) -> None:
+        if config.deterministic:
+            be_deterministic(config.seed)
         self.config, self.place, self.progress = config, place, Progress()
         self._published: Published | None = None
         self._on_checkpoint = on_checkpoint
@@ -95,7 +100,10 @@ class Session:
         self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
         self._rollout_statistics: RolloutStatistics | None = None
-        self._clock_s = self._wait_s = 0.0
+        self._clock_s = self._wait_s = self._lr = 0.0
+        self._peak_flops = (config.metrics.peak_flops or 0.0) * self.dims.world_size
+        steps = config.metrics.profile_steps
+        self._profiler = StepProfiler(place.run_dir / "profile", self.dims.rank, steps)
         moe = config.model.moe
         self._trace = (
             RoutingTrace(place.run_dir / moe.trace_path, self.dims.rank, moe.trace_steps)
@@ -124,6 +132,10 @@ class Session:
     def start(self) -> None:
         """Says who runs; a run that resumes inside a grpo phase publishes where it stands."""
         total, active = self.model.num_parameters()
+        is_measured = self.config.metrics.peak_flops is None
+        if is_measured:
+            dtype = getattr(torch, self.config.parallel.compute_dtype)
+            self._peak_flops = measured_peak(dtype)
         self._event(
             "run_start",
             name=self.place.name,
@@ -136,6 +148,8 @@ class Session:
             ep_size=self.dims.expert,
             zero_stage=self.config.parallel.zero_stage,
             world_size=self.dims.world_size,
+            peak_flops=self._peak_flops,
+            peak_source="measured" if is_measured else "config",
             step=self.progress.step,
         )
         phase = self.phase()
@@ -160,16 +174,26 @@ class Session:
         """Draws the next batch and learns from it."""
         gate = self.config.model.moe.dense_to_sparse
         is_evomoe = self.config.model.router == "dense_to_sparse"
-        if is_evomoe and 0 < gate.diversify_steps == self.engine.num_updates:
+        is_due = 0 < gate.diversify_steps == self.engine.num_updates
+        if is_evomoe and is_due and not self.progress.skips_in_row:  # else it is done
             self.checkpoint()
             self._saver.diversify(gate.masked_share, self.config.seed)
         start_s = time.perf_counter()
         batch, self._rollout_statistics = self._feed.draw(phase, self.progress.phase_step)
         self._wait_s = time.perf_counter() - start_s
-        lr = lr_at(phase, self.progress.phase_step)
-        result = update(self.model, self.engine, self.dims, batch, lr, self.config, self._trace)
-        self.progress.step += 1
-        self.progress.phase_step += 1
+        self._lr, step = lr_at(phase, self.progress.lr_step), self.progress.step + 1
+        self._profiler.begin_step(step)
+        result = update(
+            self.model, self.engine, self.dims, batch, self._lr, self.config, self._trace
+        )
+        self._profiler.end_step(step)
+        self.progress.advance(result.skipped)
+        most = self.config.optim.max_skips
+        if self.progress.skips_in_row > most:
+            raise FloatingPointError(
+                f"the gradient was not finite in {most + 1} updates in a row, up to step {step};"
+                f" expected at most optim.max_skips={most}"
+            )
         decision = self._live_placement.after_update(self.progress.step, result.expert_load)
         if decision is not None:
             self._event("placement", step=self.progress.step, **decision)
@@ -227,10 +251,12 @@ class Session:
             phase=phase.name,
             step=self.progress.step,
             phase_step=self.progress.phase_step,
-            lr=lr_at(phase, self.progress.phase_step - 1),
+            lr=self._lr,
+            skips=self.progress.skips,
             step_s=step_s,
             wait_s=self._wait_s,
             tokens_per_s=result.tokens / step_s,
+            mfu=result.flops / (step_s * self._peak_flops),
             **fields,
         )
 
@@ -248,8 +274,7 @@ class Session:
         """After a phase's last update: measure, move on, and write it all down."""
         if phase.kind == "grpo":
             self._measure_heldout()
-        self.progress.phase_index += 1
-        self.progress.phase_step = 0
+        self.progress.end_phase()
         self.checkpoint()
 
     def is_checkpoint_due(self) -> bool:
@@ -265,6 +290,7 @@ class Session:
         """Has every engine, if there are any, prove that it holds the trainer's own last bits."""
         if any(phase.kind == "grpo" for phase in self.config.phases):
             self._audit()
+        self._profiler.close()
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
             self._wandb.close()

@@ -1,12 +1,14 @@
 """One optimizer update: a batch in, gradients summed over ranks and micro-batches, a step, numbers.
 
-The one idea: every loss is a sum divided by the global weight sum, which every rank knows because
-every rank is given the whole batch plan; so no mean is ever taken of means, and the result does not
-depend on how rows were cut into ranks and micro-batches.
+The one idea: every loss is a sum divided by the global weight sum (those of routers: by the global
+token count), which every rank knows because every rank is given the whole batch plan; so no mean is
+ever taken of means, and the result does not depend on how rows were cut into ranks and
+micro-batches.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +23,7 @@ from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.losses import load_metrics
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.rl.grpo import PolicyBatch, policy_loss
+from gossamer.trainer.step.flops import step_flops
 from torch import Tensor
 
 
@@ -35,11 +38,15 @@ class UpdateResult:
     z_loss: float
     """Sum over layers of the mean of logsumexp(logits)^2; 0 when its coefficient is 0."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; NaN when the update was skipped."""
+    skipped: bool
+    """The gradient was not finite: nothing was updated."""
     tokens: int
     """Real (not padding) tokens of the batch."""
     learned_tokens: int
     """Tokens with a weight in the loss."""
+    flops: float
+    """Of the model, forward and backward, over all ranks (trainer/step/flops.py)."""
     mean_ratio: float
     clip_share: float
     expert_load: list[list[int]]
@@ -48,6 +55,16 @@ class UpdateResult:
     """Of each layer: load_max_over_mean; load_entropy, 1 = even; dead_experts, those without a
     token; router_z, the mean of logsumexp(logits)^2; dropped_share, of (token, slot) pairs; bytes
     that dispatch and combine sent over all ranks, bytes_in_node and bytes_across nodes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sums:
+    """Of the step's micro-batches."""
+
+    losses: Tensor
+    """[5]: loss sum, balance loss, z-loss, ratio sum, clipped tokens; float64."""
+    load_LE: Tensor
+    z_L: Tensor
 
 
 def update(
@@ -59,54 +76,85 @@ def update(
     config: TrainConfig,
     trace: RoutingTrace | None = None,
 ) -> UpdateResult:
-    """Forward, backward and step on the whole batch, of which this rank computes its rows."""
-    step = engine.num_updates
+    """Forward, backward and step on the whole batch, of which this rank computes its rows.
+
+    Raises FloatingPointError, on every rank and with nothing updated, for a gradient that is not
+    finite, unless config.optim.non_finite is skip.
+    """
     for block in model.blocks:
-        block.begin_step(step)
-    mine = batch.split(dims.rank, dims.world_size)
-    num_micro = -(-len(mine.token_ids_BS) // config.micro_rows)
-    weight_sum = float(batch.weights_BS.double().sum())
-    sums = torch.zeros(5, dtype=torch.float64)
-    load_LE = torch.zeros(len(model.blocks), model.blocks[0].num_experts, dtype=torch.int64)
-    z_L = torch.zeros(len(model.blocks), dtype=torch.float64)
-    z_coef = config.model.moe.z_loss_coef
-    for index in range(num_micro):
-        part = mine.split(index, num_micro)
-        first_row = dims.rank * len(mine.token_ids_BS) + index * len(part.token_ids_BS)
-        _set_context(model.context, part, first_row, step, config)
-        loss_sum, balance, z_loss, measured = _forward(model, engine, part, config)
-        share = loss_sum / weight_sum + config.model.balance_loss_coef * balance / num_micro
-        if z_coef:
-            share = share + z_coef * z_loss / num_micro
-        engine.backward(share, is_last=index == num_micro - 1)
-        balances = [balance.detach() / num_micro, z_loss.detach() / num_micro]
-        sums += torch.stack([loss_sum.detach(), *balances, *measured]).double()
-        for layer, block in enumerate(model.blocks):
-            block.end_micro_batch()
-            load_LE[layer] += block.statistics.count_E
-            z_L[layer] += block.statistics.z_sum
-        if trace is not None:
-            trace.write(step, model.module)
-    traffic_L4 = torch.tensor([_traffic(block) for block in model.blocks])
-    for tensor in (sums, load_LE, z_L, traffic_L4):
-        dist.all_reduce(tensor)
-    grad_norm = engine.step(lr, config.optim.max_norm)
-    for block, load_E in zip(model.blocks, load_LE, strict=True):
-        block.gate.end_step(load_E)
-    loss_sum, balance, z_loss, ratio_sum, clipped = sums.tolist()
+        block.begin_step(engine.num_updates)
     tokens = int(batch.is_real_BS.sum())
+    weight_sum = float(batch.weights_BS.double().sum())
+    sums = _accumulate(model, engine, dims, batch, tokens, weight_sum, config, trace)
+    traffic_L4 = torch.tensor([_traffic(block) for block in model.blocks])
+    for tensor in (sums.losses, sums.load_LE, sums.z_L, traffic_L4):
+        dist.all_reduce(tensor)
+    try:
+        grad_norm, skipped = engine.step(lr, config.optim.max_norm), False
+    except FloatingPointError:
+        if config.optim.non_finite == "raise":
+            raise
+        grad_norm, skipped = math.nan, True
+    for block, load_E in zip(model.blocks, sums.load_LE, strict=True):
+        if not skipped:
+            block.gate.end_step(load_E)
+    loss_sum, balance, z_loss, ratio_sum, clipped = sums.losses.tolist()
+    pairs, seq_len = int(sums.load_LE.sum()), batch.token_ids_BS.shape[1]
     return UpdateResult(
         loss=loss_sum / weight_sum,
         balance_loss=balance,
         z_loss=z_loss,
         grad_norm=grad_norm,
+        skipped=skipped,
         tokens=tokens,
         learned_tokens=int((batch.weights_BS != 0).sum()),
+        flops=step_flops(model, tokens, pairs, seq_len),
         mean_ratio=ratio_sum / weight_sum,
         clip_share=clipped / weight_sum,
-        expert_load=load_LE.tolist(),
-        layers=_layer_metrics(load_LE, z_L / max(tokens, 1), traffic_L4),
+        expert_load=sums.load_LE.tolist(),
+        layers=_layer_metrics(sums.load_LE, sums.z_L / max(tokens, 1), traffic_L4),
     )
+
+
+def _accumulate(
+    model: MoEModel,
+    engine: Engine,
+    dims: ParallelDims,
+    batch: TokenBatch,
+    tokens: int,
+    weight_sum: float,
+    config: TrainConfig,
+    trace: RoutingTrace | None,
+) -> _Sums:
+    """Forward and backward of this rank's micro-batches; all ranks have as many."""
+    step, num_layers = engine.num_updates, len(model.blocks)
+    mine = batch.split(dims.rank, dims.world_size)
+    num_micro = -(-len(mine.token_ids_BS) // config.micro_rows)
+    sums = _Sums(
+        losses=torch.zeros(5, dtype=torch.float64),
+        load_LE=torch.zeros(num_layers, model.blocks[0].num_experts, dtype=torch.int64),
+        z_L=torch.zeros(num_layers, dtype=torch.float64),
+    )
+    z_coef = config.model.moe.z_loss_coef
+    model.context.step_tokens = tokens
+    for index in range(num_micro):
+        part = mine.split(index, num_micro)
+        first_row = dims.rank * len(mine.token_ids_BS) + index * len(part.token_ids_BS)
+        _set_context(model.context, part, first_row, step, config)
+        loss_sum, balance, z_loss, measured = _forward(model, engine, part, config)
+        share = loss_sum / weight_sum + config.model.balance_loss_coef * balance
+        if z_coef:
+            share = share + z_coef * z_loss
+        engine.backward(share, is_last=index == num_micro - 1)
+        found = [loss_sum.detach(), balance.detach(), z_loss.detach(), *measured]
+        sums.losses.add_(torch.stack(found).double())
+        for layer, block in enumerate(model.blocks):
+            block.end_micro_batch()
+            sums.load_LE[layer] += block.statistics.count_E
+            sums.z_L[layer] += block.statistics.z_sum
+        if trace is not None:
+            trace.write(step, model.module)
+    return sums
 
 
 def _traffic(block: MoEBlock) -> tuple[int, int, int, int]:

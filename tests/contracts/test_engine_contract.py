@@ -215,6 +215,7 @@ def go_through_everything(
     other_layout = Path(written) if written else root / "one"
     engine.write(rows_in(other_layout), num_updates=1)
     seen["from_other_layout"], seen["losses_from_other_layout"] = world.snapshot(), world.losses(2)
+    engine.write(masters, num_updates=1)
     seen |= refusals(world, masters)
     return seen
 
@@ -222,7 +223,8 @@ def go_through_everything(
 def refusals(world: World, read: Callable[[str, int, int], Owned]) -> dict:
     """A gradient that is NaN on one rank, and rows of a tensor of another shape."""
     seen, before, weights = {}, world.snapshot(), world.weights()
-    share = world.share()
+    world.engine.backward(world.share(0, 2), is_last=False)
+    share = world.share(1, 2)
     world.engine.backward(share * float("nan") if world.dims.rank else share, is_last=True)
     updates = world.engine.num_updates
     with pytest.raises(FloatingPointError) as raised:
@@ -230,6 +232,7 @@ def refusals(world: World, read: Callable[[str, int, int], Owned]) -> dict:
     seen["nan_error"] = str(raised.value)
     changed = different(before, world.snapshot()) + different(weights, world.weights())
     seen["changed_by_nan"] = changed + ["updates"] * (world.engine.num_updates != updates)
+    seen["losses_after_nan"] = world.losses(2)
 
     def read_wider(name: str, start: int, stop: int) -> Owned:
         rows = read(name, start, stop)
@@ -378,6 +381,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(ranks):
     for rank in ranks:
         assert "nan" in rank["nan_error"] and "\n" not in rank["nan_error"]
         assert rank["changed_by_nan"] == []
+        assert rank["losses_after_nan"] == rank["losses"][1:]  # nothing is left of that gradient
 
 
 def test_rows_of_another_shape_are_refused_by_name(ranks):

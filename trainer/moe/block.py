@@ -2,7 +2,7 @@
 
 The one idea: the block holds only its rank's experts and knows nothing of ranks; the dispatcher
 brings the tokens. What the step needs besides the output (losses, expert load) is left in
-`statistics`, to be collected after the forward pass; a second one (recompute) leaves the same.
+`statistics`, to be collected after the forward pass; a second one (recompute) leaves nothing.
 
 Shapes: B rows, S positions, T = B * S tokens, K slots, E experts, D hidden.
 """
@@ -32,6 +32,11 @@ class StepContext:
     """Which of this micro-batch's documents each token is of; None = one document a row."""
     step: int = 0
     """Optimizer steps done."""
+    step_tokens: int | None = None
+    """Real tokens of the step, over ranks and micro-batches, that losses are divided by; None =
+    those of the micro-batch."""
+    is_recomputing: bool = False
+    """True in a forward pass that runs again for its activations: it leaves no statistics."""
     balance_scope: str = "global_batch"
     """See MoEConfig."""
     has_z_loss: bool = False
@@ -43,8 +48,8 @@ class BlockStatistics:
 
     count_E: Tensor
     balance_loss: Tensor
-    """This rank's share; the sum over ranks is E * sum_e f_e P_e of the whole micro-batch. 0 where
-    the block was built without."""
+    """This rank's share; the sum over ranks (and, with step_tokens, micro-batches) is
+    E * sum_e f_e P_e. 0 where the block was built without."""
     z_loss: Tensor
     """This rank's share, as above; 0 where the context asks for none."""
     z_sum: Tensor
@@ -84,7 +89,9 @@ class MoEBlock(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
         routing = self.gate(x_TD, self._token_numbers(x_TD))
-        self.statistics = self._measure(routing, rows=x_BSD.shape[0])
+        statistics = self._measure(routing, rows=x_BSD.shape[0])
+        if not self._context.is_recomputing:  # the second ones would keep its activations alive
+            self.statistics = statistics
         kept_TK = self.dispatcher.kept(
             routing.expert_TK,
             routing.weight_TK,
@@ -143,7 +150,10 @@ class MoEBlock(nn.Module):
             summed = torch.cat([count_E, count_E.new_tensor([len(expert_TK)])])
             if dist.is_initialized():
                 dist.all_reduce(summed)
-            total_E, tokens = summed[:-1], summed[-1].clamp(min=1)  # no token anywhere: 0, not NaN
+            total_E, tokens = summed[:-1], summed[-1]
+            if context.step_tokens is not None:
+                tokens = torch.full_like(tokens, context.step_tokens)
+            tokens = tokens.clamp(min=1)  # no token anywhere: 0, not NaN
             if self._has_balance_loss:
                 balance = self._balance(
                     expert_TK, count_E, total_E, probability_TE, sequence_T, tokens
