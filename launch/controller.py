@@ -24,7 +24,6 @@ from gossamer.launch.report import write_report
 from gossamer.launch.summary import of_kind, read_events, write_summary
 from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
 from gossamer.trainer.prepare import load_run_tokenizer, prepare_run
-from gossamer.trainer.tokenizer import token_fields
 
 CONFIG_FILE = "config.json"
 REFRESH_S = 0.5
@@ -165,8 +164,10 @@ def _engine_model(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     """The Hugging Face config, as a dict, that rollout engines build."""
     from gossamer.trainer.model import hf_config
 
-    tokens = token_fields(load_run_tokenizer(run_dir).vocab_size)
-    return hf_config(config.train.model, tokens).to_dict()
+    tokenizer = load_run_tokenizer(run_dir)
+    hf = hf_config(config.train.model, tokenizer.hf_fields())
+    # a foreign config may name several tokens that end, or none that pads
+    return hf.to_dict() | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id or 0}
 
 
 def _sentence(error: BaseException) -> str:

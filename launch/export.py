@@ -18,7 +18,6 @@ def export_run(config: RunConfig, run_dir: Path, out: Path) -> Path:
     from gossamer.trainer.checkpoint import Checkpoint
     from gossamer.trainer.model import export_hf, hf_config
     from gossamer.trainer.prepare import load_run_tokenizer
-    from gossamer.trainer.tokenizer import token_fields
 
     folder = newest_checkpoint(run_dir)
     if folder is None:
@@ -30,6 +29,6 @@ def export_run(config: RunConfig, run_dir: Path, out: Path) -> Path:
         for name, shape in checkpoint.shapes.items()
     }
     tokenizer = load_run_tokenizer(run_dir)
-    hf = hf_config(config.train.model, token_fields(tokenizer.vocab_size))
+    hf = hf_config(config.train.model, tokenizer.hf_fields())
     export_hf(out, hf, weights, tokenizer.write_hf)
     return out

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gossamer.launch.config import RunConfig
+from gossamer.trainer.data.config import SourceConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -55,9 +56,14 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Paths that mean the same to every process: trainer ranks run in a folder of Ray's."""
     train = config.train
-    if train.data.corpus_path is not None:
-        corpus = str(Path(train.data.corpus_path).absolute())
-        train = replace(train, data=replace(train.data, corpus_path=corpus))
+    data, told = train.data, train.tokenizer
+    if data.corpus_path is not None:
+        data = replace(data, corpus_path=str(Path(data.corpus_path).absolute()))
+    sources = tuple(_with_absolute_path(source) for source in data.sources)
+    for name in ("path", "chat_template"):
+        if (path := getattr(told, name)) is not None:
+            told = replace(told, **{name: str(Path(path).absolute())})
+    train = replace(train, data=replace(data, sources=sources), tokenizer=told)
     if train.model.path is not None:
         folder = str(Path(train.model.path).absolute())
         train = replace(train, model=replace(train.model, path=folder))
@@ -69,6 +75,13 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         placement = replace(placement, path=str(Path(placement.path).absolute()))
         train = replace(train, parallel=replace(train.parallel, placement=placement))
     return replace(config, train=train)
+
+
+def _with_absolute_path(source: SourceConfig) -> SourceConfig:
+    path = Path(source.path)
+    if source.kind == "hf" and not path.exists():  # a name on the hub
+        return source
+    return replace(source, path=str(path.absolute()))
 
 
 def dump_config(config: RunConfig, path: Path) -> None:

@@ -29,7 +29,7 @@ class TokenBatch:
     """float32; [b, s] weighs the prediction of token [b, s + 1] from place [b, s]."""
 
     @property
-    def is_real_BS(self) -> torch.Tensor:
+    def is_real_BS(self) -> torch.Tensor:  # noqa: N802
         """bool; False where a row has no document.
 
         A document that is token 0 alone is taken for none: nothing is learned from it.

@@ -131,6 +131,11 @@ class TrainConfig:
             self.task is not None or self.data.task_share == 0.0,
             f"data.task_share is {self.data.task_share} without a task; expected 0",
         )
+        _require(
+            all(phase.kind != "sft" for phase in self.phases)
+            or any(source.messages_field is not None for source in self.data.sources),
+            "an sft phase needs conversations; expected data.sources with a messages_field",
+        )
         for name in ("num_experts", "num_local_experts", "n_routed_experts"):
             experts = self.model.hf.get(name)
             _require(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from gossamer.parallel.dims import ParallelDims
 from gossamer.trainer.batch import first_fit, pack
-from gossamer.trainer.data.stream import Source
+from gossamer.trainer.data.source import Source
 from gossamer.trainer.model import MoEModel
 
 

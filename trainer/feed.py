@@ -7,14 +7,15 @@ tensors, so all ranks run the same plan without holding any of its state.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import PhaseConfig, TrainConfig
-from gossamer.trainer.corpus import read_documents
-from gossamer.trainer.data.stream import Source, build_loader, corpus_source, task_source
+from gossamer.trainer.data.mixture import build_sources, heldout_sources
+from gossamer.trainer.data.stream import TokenStream, build_loader
 from gossamer.trainer.rl.grpo import PolicyBatch
 from gossamer.trainer.rl.rollouts import RolloutBatches, RolloutSource, RolloutStatistics
 from gossamer.trainer.task import TaskProblems
@@ -36,18 +37,23 @@ class Feed:
         rollouts: RolloutSource | None,
         data_state: dict[str, Any] | None,
     ) -> None:
-        """Raises ValueError for a grpo phase on rank 0 without rollouts."""
-        self._loader: StatefulDataLoader | None = None
-        self._batches: Iterator[TokenBatch] = iter(())
+        """data_state: what `state` gave, to go on from there.
+
+        Raises ValueError for a grpo phase on rank 0 without rollouts, and for data that cannot be
+        read or is not that of the state.
+        """
+        self._config, self._tokenizer = config, tokenizer
+        self._loaders: dict[str, StatefulDataLoader] = {}
+        self._batches: dict[str, Iterator[TokenBatch]] = {}
         self.rollouts: RolloutBatches | None = None
         if dist.get_rank() != 0:
             return
-        if any(phase.kind == "next_token" for phase in config.phases):
-            sources = _sources(config, tokenizer, problems)
-            self._loader = build_loader(sources, config.data, config.seed)
-            if data_state is not None:
-                self._loader.load_state_dict(data_state)
-            self._batches = iter(self._loader)
+        for kind in sorted({phase.kind for phase in config.phases} - {"grpo"}):
+            sources = build_sources(config, tokenizer, problems, kind)
+            loader = self._loaders[kind] = build_loader(sources, config.data, config.seed)
+            if data_state is not None and kind in data_state:
+                loader.load_state_dict(data_state[kind])
+            self._batches[kind] = iter(loader)
         if rollouts is not None and problems is not None:
             rows_multiple = config.parallel.world_size
             self.rollouts = RolloutBatches(rollouts, tokenizer, problems, config, rows_multiple)
@@ -58,27 +64,30 @@ class Feed:
         self, phase: PhaseConfig, phase_step: int
     ) -> tuple[TokenBatch, RolloutStatistics | None]:
         """The batch of the phase's update `phase_step`; statistics of rollouts on rank 0."""
-        if phase.kind == "next_token":
-            return _broadcast(next(self._batches, None), TokenBatch), None
+        if phase.kind != "grpo":
+            # only rank 0 has any
+            drawn = next(self._batches[phase.kind]) if phase.kind in self._batches else None
+            return _broadcast(drawn, TokenBatch), None
         batch, statistics = self.rollouts.collect(phase_step) if self.rollouts else (None, None)
         return _broadcast(batch, PolicyBatch), statistics
 
+    def heldout(self, kind: str) -> TokenBatch:
+        """The rows of config.heldout for phases of `kind`: the same ones on every call and rank.
+
+        A collective call. Raises ValueError on rank 0 when nothing is held out.
+        """
+        batch = None
+        if dist.get_rank() == 0:
+            sources = heldout_sources(self._config, self._tokenizer, kind)
+            data = replace(self._config.data, num_rows=self._config.heldout.num_rows)
+            batch = next(TokenStream(sources, data, seed=0))
+        return _broadcast(batch, TokenBatch)
+
     def state(self) -> dict[str, Any] | None:
-        """Data position, JSON; None on ranks that do not read."""
-        return self._loader.state_dict() if self._loader is not None else None
-
-
-def _sources(
-    config: TrainConfig, tokenizer: Tokenizer, problems: TaskProblems | None
-) -> list[Source]:
-    data = config.data
-    sources = []
-    if problems is not None and data.task_share > 0:
-        sources.append(task_source(tokenizer, problems.train, data.task_share, data.answer_only))
-    if data.task_share < 1:
-        texts = read_documents(data.corpus_path, data.corpus_chars)
-        sources.append(corpus_source(tokenizer, texts, 1.0 - data.task_share, data.seq_len))
-    return sources
+        """Data position by kind of phase, JSON; None on ranks that do not read."""
+        if dist.get_rank() != 0:
+            return None
+        return {kind: loader.state_dict() for kind, loader in self._loaders.items()}
 
 
 def _broadcast(batch: TokenBatch | None, batch_class: type[TokenBatch]) -> TokenBatch:

@@ -71,7 +71,7 @@ class MoEModel:
         return total, active
 
 
-def hf_config(config: ModelConfig, overrides: dict[str, int]) -> PretrainedConfig:
+def hf_config(config: ModelConfig, overrides: Mapping[str, int | None]) -> PretrainedConfig:
     """The Hugging Face config that `config` and the tokenizer's `overrides` describe.
 
     Raises FileNotFoundError or ValueError for a folder without one, or a model type that
@@ -97,7 +97,7 @@ def hf_config(config: ModelConfig, overrides: dict[str, int]) -> PretrainedConfi
         )
     if config.path is not None:
         loaded = AutoConfig.from_pretrained(config.path)
-        if loaded.vocab_size < overrides.get("vocab_size", 0):
+        if loaded.vocab_size < (overrides.get("vocab_size") or 0):
             raise ValueError(
                 f"model.path={config.path} has {loaded.vocab_size} tokens; expected at least the"
                 f" {overrides['vocab_size']} of its tokenizer"

@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from gossamer.comm.log import WeightLog
 from gossamer.trainer.config import TrainConfig
-from gossamer.trainer.corpus import read_documents
+from gossamer.trainer.corpus import first_chars, read_documents
+from gossamer.trainer.data.reader import source_texts
 from gossamer.trainer.task import Problem, TaskProblems, build_problems
-from gossamer.trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from gossamer.trainer.tokenizer import (
+    PLAIN_TEMPLATE,
+    TOKENIZER_FILE,
+    Tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+)
 
-TOKENIZER_FILE, PROBLEMS_FILE, LOG_FOLDER = "tokenizer.json", "problems.json", "log"
+PROBLEMS_FILE, LOG_FOLDER = "problems.json", "log"
 SPLITS = ("train", "dev", "heldout")
 
 
@@ -34,12 +42,44 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
             temporary.write_text(json.dumps(splits))
             temporary.replace(run_dir / PROBLEMS_FILE)
         texts = [problem.text for problem in load_problems(run_dir).train[:2000]]
-    if config.model.path is not None:
-        # a model is nothing without the tokenizer it learned with
-        load_tokenizer(Path(config.model.path) / TOKENIZER_FILE).save(run_dir / TOKENIZER_FILE)
-    elif not (run_dir / TOKENIZER_FILE).is_file():
-        texts += read_documents(config.data.corpus_path, config.data.corpus_chars)
-        train_tokenizer(texts, config.tokenizer).save(run_dir / TOKENIZER_FILE)
+    _prepare_tokenizer(config, run_dir, texts)
+
+
+def _prepare_tokenizer(config: TrainConfig, run_dir: Path, texts: list[str]) -> None:
+    """Takes a foreign tokenizer, or trains one on `texts` and what the run reads, if missing."""
+    told, path = config.tokenizer, run_dir / TOKENIZER_FILE
+    # a model is nothing without the tokenizer it learned with
+    folder = told.path or config.model.path
+    if folder is not None:
+        if not (Path(folder) / TOKENIZER_FILE).is_file():
+            raise ValueError(
+                f"{folder} has no {TOKENIZER_FILE}; expected one, such as"
+                " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes"
+            )
+        tokenizer = load_tokenizer(Path(folder) / TOKENIZER_FILE)
+    elif path.is_file():
+        return
+    else:
+        tokenizer = train_tokenizer([*texts, *_corpus(config)], told)
+    if told.chat_template is not None:
+        tokenizer.chat_template = Path(told.chat_template).read_text(encoding="utf-8")
+    if tokenizer.chat_template is None and any(p.kind == "sft" for p in config.phases):
+        if not tokenizer.is_own:
+            raise ValueError(
+                f"{folder} has no chat template; expected tokenizer.chat_template, a file with one"
+            )
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.save(path)
+
+
+def _corpus(config: TrainConfig) -> Iterator[str]:
+    """Text of all that the run reads, of each source at its share."""
+    sources, train_chars = config.data.sources, config.tokenizer.train_chars
+    if not sources or config.data.corpus_path is not None:
+        yield from read_documents(config.data.corpus_path, config.data.corpus_chars)
+    total = sum(source.share for source in sources)
+    for source in sources:
+        yield from first_chars(source_texts(source), int(train_chars * source.share / total) + 1)
 
 
 def load_problems(run_dir: Path) -> TaskProblems:

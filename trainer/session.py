@@ -21,10 +21,9 @@ from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
-from gossamer.parallel.placement.placement import load_placement
 from gossamer.trainer.checkpoint import Checkpoint
 from gossamer.trainer.config import PhaseConfig, TrainConfig
-from gossamer.trainer.data.stream import task_source
+from gossamer.trainer.data.mixture import task_source
 from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
@@ -40,7 +39,6 @@ from gossamer.trainer.saving import Progress, Saver
 from gossamer.trainer.step.determinism import be_deterministic
 from gossamer.trainer.step.flops import measured_peak
 from gossamer.trainer.step.profile import StepProfiler
-from gossamer.trainer.tokenizer import token_fields
 from gossamer.trainer.update import UpdateResult, update
 
 
@@ -76,7 +74,7 @@ class Session:
         tokenizer = load_run_tokenizer(place.run_dir)
         problems = load_problems(place.run_dir) if config.task else None
         self.dims = build_dims(config.parallel)
-        hf = hf_config(config.model, token_fields(tokenizer.vocab_size))
+        hf = hf_config(config.model, tokenizer.hf_fields())
         self.model = build_model(config.model, hf, self.dims, config.seed)
         self.engine = DeepSpeedEngine(
             self.model.module,
@@ -117,7 +115,7 @@ class Session:
             config.checkpoint, place.run_dir, self._epoch, self.engine, self.model, self._log
         )
         if config.parallel.placement.path is not None:
-            moved = self._experts.place(load_placement(Path(config.parallel.placement.path)))
+            moved = self._experts.place_file(Path(config.parallel.placement.path))
             self._event("placement", reason="file", is_moved=True, **moved)
         if checkpoint:
             self.progress = self._saver.restore(checkpoint)

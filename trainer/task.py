@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 
 from gossamer.trainer.data.config import TaskConfig
-from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, Tokenizer
+from gossamer.trainer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +39,7 @@ class TaskProblems:
 
 def prompt_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     """<bos> and the question: the tokens that an engine is given."""
-    return [BOS_ID, *tokenizer.encode(problem.question)]
+    return [*tokenizer.start_ids, *tokenizer.encode(problem.question)]
 
 
 def answer_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
@@ -47,7 +47,7 @@ def answer_ids(tokenizer: Tokenizer, problem: Problem) -> list[int]:
 
     Encoded apart from the question, so that training text splits where a prompt ends.
     """
-    return [*tokenizer.encode(f" {problem.answer}"), EOS_ID]
+    return [*tokenizer.encode(f" {problem.answer}"), tokenizer.eos_id]
 
 
 def build_problems(config: TaskConfig) -> TaskProblems:

@@ -124,7 +124,8 @@ def own_training(overrides: Sequence[str]) -> Iterator[Training]:
 def hf_training(sizes: HfShape) -> Iterator[Training]:
     """A random-initialised dense Qwen3 of transformers on the standard library's source."""
     from gossamer.trainer.corpus import read_documents
-    from gossamer.trainer.data.stream import TokenStream, corpus_source
+    from gossamer.trainer.data.mixture import corpus_source
+    from gossamer.trainer.data.stream import TokenStream
     from gossamer.trainer.losses import next_token_loss_sum
     from gossamer.trainer.optim import build_adamw, decays, lr_at
     from gossamer.trainer.tokenizer import token_fields, train_tokenizer

@@ -6,13 +6,9 @@ import torch
 from gossamer.trainer.batch import Document
 from gossamer.trainer.config import DataConfig, TokenizerConfig
 from gossamer.trainer.corpus import read_documents
-from gossamer.trainer.data.stream import (
-    Source,
-    TokenStream,
-    build_loader,
-    corpus_source,
-    task_source,
-)
+from gossamer.trainer.data.mixture import corpus_source, task_source
+from gossamer.trainer.data.source import Source
+from gossamer.trainer.data.stream import TokenStream, build_loader
 from gossamer.trainer.task import Problem, answer_ids, prompt_ids
 from gossamer.trainer.tokenizer import BOS_ID, EOS_ID, train_tokenizer
 from hypothesis import given, settings
@@ -159,4 +155,4 @@ def test_fingerprint_sees_tokens_boundaries_and_weights():
 )
 def test_unusable_sources_are_refused(sources, sentence):
     with pytest.raises(ValueError, match=sentence):
-        TokenStream(sources, CONFIG, seed=0)
+        next(TokenStream(sources, CONFIG, seed=0))

@@ -52,7 +52,7 @@ class OptimConfig:
         _require(self.max_skips >= 1, f"optim.max_skips is {self.max_skips}; expected at least 1")
 
 
-PHASE_KINDS = ("next_token", "grpo")
+PHASE_KINDS = ("next_token", "sft", "grpo")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 
 
@@ -63,7 +63,7 @@ class PhaseConfig:
     name: str
     """Shown in metrics: pretrain, warm_start, rl."""
     kind: str
-    """next_token or grpo."""
+    """next_token, sft (next token of what the assistant says in conversations) or grpo."""
     max_steps: int
     """Optimizer steps of this phase at most."""
     lr: float

@@ -1,0 +1,1 @@
+"""Formats of training text, one a file."""
