@@ -1,0 +1,235 @@
+"""`place`: one problem, any method, a placement with its value, a lower bound and what proves it.
+
+The one idea: heuristics find and bounds prove. Every method gives a table of ranks and a bound with
+its argument; the value is counted by score.py, never by the solver itself.
+
+Balance: min of the busiest ranks' pairs, summed over layers. Bytes: min of bytes times the cost of
+their link, of the problem's dispatcher; eplb, lpt and contiguous do not look at it, the others
+keep every rank within costs.load_limits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+from gossamer.parallel.placement.bound import (
+    BALANCE_PROOF,
+    BYTES_PROOF,
+    JOINT_PROOF,
+    balance_bound,
+    bytes_bound,
+    joint_bound,
+)
+from gossamer.parallel.placement.costs import link_costs, load_limits
+from gossamer.parallel.placement.eplb import rebalance
+from gossamer.parallel.placement.greedy import balanced
+from gossamer.parallel.placement.local import search_joint, search_layers
+from gossamer.parallel.placement.placement import Placement, contiguous, from_ranks
+from gossamer.parallel.placement.problem import Problem
+from gossamer.parallel.placement.score import rank_loads, score
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+ILP_COLUMNS = 60_000
+"""A larger program is refused: HiGHS would not get past its first relaxation."""
+SMALL_COLUMNS = 2_000
+"""Up to here `auto` asks for a proof."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Solved:
+    """What a method answers."""
+
+    rank_LE: Ints
+    bound: float
+    proof: str
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Until when, in seconds of perf_counter, and how near the bound is near enough."""
+
+    until_s: float
+    gap: float
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self.until_s - perf_counter())
+
+
+def place(
+    problem: Problem, method: str = "auto", time_limit_s: float = 10.0, gap: float = 1e-3
+) -> Placement:
+    """Solves the problem by one of METHODS.
+
+    `time_limit_s` is kept to about a second; `gap` = (value - bound) / value at which a method may
+    stop. Raises ValueError for an unknown method and where a method cannot take the problem.
+    """
+    if method not in METHODS:
+        raise ValueError(f"placement method {method!r}: expected one of {', '.join(METHODS)}")
+    if len(problem.sets[0].count_U) == 0 and problem.objective == "bytes":
+        raise ValueError("a problem made of loads alone has no bytes; expected objective=balance")
+    began_s = perf_counter()
+    solved = METHODS[method](problem, Budget(began_s + time_limit_s, gap))
+    placement = from_ranks(solved.rank_LE, problem.topology.ranks, problem.layers, method)
+    value = score(problem, placement).value
+    return replace(
+        placement,
+        objective=problem.name,
+        value=value,
+        bound=min(solved.bound, value),
+        proof=solved.proof,
+        time_s=perf_counter() - began_s,
+    )
+
+
+def _contiguous(problem: Problem, budget: Budget) -> Solved:
+    table = contiguous(problem.layers, problem.experts, problem.topology.ranks).rank_LE
+    return Solved(table, *_bound(problem, budget))
+
+
+def _eplb(problem: Problem, budget: Budget) -> Solved:
+    """Hierarchical with a group of experts for each node, or global if that is better balanced."""
+    nodes, ranks = problem.topology.nodes, problem.topology.ranks
+    tables = []
+    for groups, over in ((nodes, nodes), (1, 1)):
+        slots_LP = rebalance(problem.load_LE, problem.experts, groups, over, ranks).slots_LP
+        tables.append(np.argsort(slots_LP, axis=1) // problem.slots_per_rank)
+    table = min(tables, key=lambda t: rank_loads(problem.load_LE, t, ranks).max(1).sum())
+    return Solved(table, *_bound(problem, budget))
+
+
+def _lpt(problem: Problem, budget: Budget) -> Solved:
+    """LPT and pairwise swaps, without restarts."""
+    ranks = problem.topology.ranks
+    table = np.stack([balanced(load_E, ranks) for load_E in problem.load_LE])
+    return Solved(table, *_bound(problem, budget))
+
+
+def _local(problem: Problem, budget: Budget) -> Solved:
+    balance_LE = _balanced(problem, budget)
+    if problem.objective == "balance":
+        return Solved(balance_LE, *_bound(problem, budget))
+    bound, proof = _bound(problem, budget)
+    limit_L, starts = _limits_and_starts(problem, balance_LE)
+    search = search_joint if problem.dispatch == "resident" else search_layers
+    return Solved(search(problem, limit_L, starts, budget.until_s), bound, proof)
+
+
+def _ilp(problem: Problem, budget: Budget) -> Solved:
+    """From what `local` finds in a third of the time."""
+    from gossamer.parallel.placement import ilp
+
+    columns = _ilp_columns(problem)
+    if columns > ILP_COLUMNS:
+        raise ValueError(
+            f"method ilp: {columns} columns are more than {ILP_COLUMNS}; use local or auto"
+        )
+    ranks, count = problem.topology.ranks, len(problem.layers)
+    first = _local(problem, Budget(perf_counter() + budget.left_s / 3, budget.gap))
+    if problem.objective == "bytes":
+        limit_L, _ = _limits_and_starts(problem, _balanced(problem, budget))
+        if problem.dispatch == "resident":
+            table, bound = ilp.joint_ilp(problem, limit_L, first.rank_LE, budget.left_s, budget.gap)
+            return Solved(table, *_better(first, bound, "of HiGHS, within the load limits"))
+    tables, bounds = [], []
+    for layer, start_E in enumerate(first.rank_LE):
+        share_s = budget.left_s / (count - layer)
+        if problem.objective == "balance":
+            load_E = problem.load_LE[layer]
+            found, bound = ilp.balance_ilp(load_E, ranks, start_E, share_s, budget.gap)
+        else:
+            limit = int(limit_L[layer])
+            found, bound = ilp.bytes_ilp(problem, layer, limit, start_E, share_s, budget.gap)
+        tables.append(found)
+        bounds.append(bound)
+    where = "of HiGHS" if problem.objective == "balance" else "of HiGHS, within the load limits"
+    return Solved(np.stack(tables), *_better(first, float(sum(bounds)), where))
+
+
+def _moetuner(problem: Problem, budget: Budget) -> Solved:
+    """Equal clusters by load, then clusters to ranks by flow, in the exact form for equal links."""
+    from gossamer.parallel.placement.moetuner import chained_ranks
+
+    clusters_LE = _balanced(problem, budget)
+    table = chained_ranks(clusters_LE, problem.flow_LEE, link_costs(problem))
+    return Solved(table, *_bound(problem, budget))
+
+
+def _auto(problem: Problem, budget: Budget) -> Solved:
+    """Balance: swaps, then HiGHS for what they leave open. Bytes: local, and HiGHS if small."""
+    columns = _ilp_columns(problem)
+    if columns > (ILP_COLUMNS if problem.objective == "balance" else SMALL_COLUMNS):
+        return _local(problem, budget)
+    solved = _local(problem, Budget(perf_counter() + budget.left_s / 2, budget.gap))
+    placed = from_ranks(solved.rank_LE, problem.topology.ranks, problem.layers)
+    value = score(problem, placed).value
+    return solved if value - solved.bound <= budget.gap * value else _ilp(problem, budget)
+
+
+METHODS: dict[str, Callable[[Problem, Budget], Solved]] = {
+    "contiguous": _contiguous,
+    "eplb": _eplb,
+    "lpt": _lpt,
+    "ilp": _ilp,
+    "moetuner": _moetuner,
+    "local": _local,
+    "auto": _auto,
+}
+
+
+def _balanced(problem: Problem, budget: Budget) -> Ints:
+    """LPT and swaps, shaken for a quarter of the time left, no worse than EPLB."""
+    ranks, count = problem.topology.ranks, len(problem.layers)
+    until_s = perf_counter() + budget.left_s / 4
+    eplb_LE = np.argsort(rebalance(problem.load_LE, problem.experts, 1, 1, ranks).slots_LP, axis=1)
+    table = []
+    for layer, load_E in enumerate(problem.load_LE):
+        share_s = max(0.0, until_s - perf_counter()) / (count - layer)
+        start_E = eplb_LE[layer] // problem.slots_per_rank
+        table.append(balanced(load_E, ranks, budget.gap, perf_counter() + share_s, start_E))
+    return np.stack(table)
+
+
+def _limits_and_starts(problem: Problem, balance_LE: Ints) -> tuple[Ints, list[Ints]]:
+    """Load limits, and placements to begin from: the balanced one always keeps them."""
+    ranks = problem.topology.ranks
+    busiest_L = rank_loads(problem.load_LE, balance_LE, ranks).max(1)
+    even = contiguous(problem.layers, problem.experts, ranks).rank_LE
+    limit_L = load_limits(problem, busiest_L)
+    return limit_L, [balance_LE, even]
+
+
+def _bound(problem: Problem, budget: Budget) -> tuple[float, str]:
+    """A bound on the value of every placement, whatever its balance, and what proves it."""
+    if problem.objective == "balance":
+        ranks = problem.topology.ranks
+        return float(sum(balance_bound(load_E, ranks) for load_E in problem.load_LE)), BALANCE_PROOF
+    if problem.dispatch == "resident":
+        return joint_bound(problem), JOINT_PROOF
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        layers = range(len(problem.layers))
+        return sum(pool.map(lambda layer: bytes_bound(problem, layer), layers)), BYTES_PROOF
+
+
+def _better(first: Solved, bound: float, where: str) -> tuple[float, str]:
+    """The higher of two bounds, with its proof."""
+    if bound > first.bound:
+        return bound, f"branch and bound {where}"
+    return first.bound, first.proof
+
+
+def _ilp_columns(problem: Problem) -> int:
+    """Of the largest program that `ilp` would hand to HiGHS."""
+    experts, ranks = problem.experts, problem.topology.ranks
+    if problem.objective == "balance":
+        return experts * ranks
+    if problem.dispatch == "resident":
+        return len(problem.layers) * experts * ranks * (1 + ranks)
+    sets = max(len(each.count_U) for each in problem.sets)
+    return experts * ranks + sets * problem.topology.nodes
