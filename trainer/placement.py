@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from gossamer.parallel.dims import ParallelDims
 from gossamer.parallel.engine import Engine, LogicalSegments
-from gossamer.parallel.placement.placement import Placement, contiguous
+from gossamer.parallel.placement.placement import Placement, contiguous, load_placement
 from gossamer.trainer.model import MoEModel, logical_segments
 from gossamer.trainer.moe.block import MoEBlock
 
@@ -42,11 +43,8 @@ class PlacedExperts:
         the one that sent most), move_s and moved_experts. Raises ValueError, with nothing moved,
         for a placement of another model or EP.
         """
+        self._refuse_other_model(placement, "the placement")
         start_s = time.perf_counter()
-        for name in ("layers", "experts", "ranks"):
-            found, expected = getattr(placement, name), getattr(self.placement, name)
-            if found != expected:
-                raise ValueError(f"the placement has {name} {found}; expected {expected}")
         before, after = self._segments(self.placement), self._segments(placement)
         sent = torch.tensor(self._engine.move(before, after))
         for number, slots_E in zip(placement.layers, placement.slots_LS, strict=True):
@@ -63,6 +61,22 @@ class PlacedExperts:
             "busiest_bytes": int(busiest),
             "move_s": time.perf_counter() - start_s,
         }
+
+    def place_file(self, path: Path) -> dict[str, float]:
+        """As `place`, of a file that `gossamer place` wrote; errors name it."""
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"parallel.placement.path={path} is no file; expected one of `gossamer place`"
+            )
+        placement = load_placement(path)
+        self._refuse_other_model(placement, str(path))
+        return self.place(placement)
+
+    def _refuse_other_model(self, placement: Placement, what: str) -> None:
+        for name in ("layers", "experts", "ranks"):
+            found, expected = getattr(placement, name), getattr(self.placement, name)
+            if found != expected:
+                raise ValueError(f"{what} has {name} {found}; expected {expected} as in the model")
 
     def _segments(self, placement: Placement) -> list[LogicalSegments]:
         """Of each expert rank."""
