@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from gossamer.launch.log_cli import add_log_commands
+from gossamer.launch.place import add_place_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", type=Path)
     command.set_defaults(run=_export)
     _add_upcycle(commands.add_parser("upcycle", help="make a dense HF folder's MLPs into experts"))
+    add_place_command(commands.add_parser("place", help="say where experts should live"))
     add_log_commands(commands.add_parser("log", help="look at a weight log, tend it, pass it on"))
     _add_bench(commands.add_parser("bench", help="measure, beside what others do"))
     return parser
