@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import plotly.graph_objects as go
-from gossamer.launch.quantities import format_bytes, format_percent
+from gossamer.launch.quantities import format_bytes, format_number, format_percent
 from gossamer.launch.summary import Event, mean, of_kind, rl_evals, rl_phases
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
@@ -83,12 +83,22 @@ def loss_chart(settled: list[Event]) -> Chart:
         own = of_kind(steps, "train_step", phase=phase)
         curve = line(column(own, "step"), column(own, "loss"), words(phase), BLUE)
         figure.add_trace(curve, row=1, col=col)
+        evals = of_kind(settled, "eval", name="text", phase=phase)
+        if evals:
+            held = line(column(evals, "step"), column(evals, "loss"), "held out", ORANGE)
+            figure.add_trace(held.update(mode="lines+markers"), row=1, col=col)
         unit = "policy loss" if phase in rl else "cross-entropy (nats per token)"
         figure.update_yaxes(title=unit, row=1, col=col)
         figure.update_xaxes(title=f"train step ({words(phase)})", row=1, col=col)
     note = "Each phase on its own axes; the losses of two phases are not comparable."
     if len(phases) == 1:
         note = f"Over the steps of {words(phases[0])}."
+    evals = of_kind(settled, "eval", name="text")
+    if evals:
+        note += (
+            f" Orange: the loss over {evals[-1]['tokens']} tokens of documents never trained on,"
+            f" {format_number(evals[-1]['loss'])} at the end."
+        )
     return Chart(key="loss", title="Loss", note=note, figure=styled(figure, legend=False))
 
 

@@ -66,6 +66,7 @@ class RunState:
         self.first_step: dict[str, int] = {}
         self.step: Event = {}
         self.evals: dict[str, float] = {}
+        self.heldout_loss: float | None = None
         self.published: Event = {}
         self.wire_bytes = self.full_bytes = 0
         self.engines: dict[str, str] = {}
@@ -93,7 +94,10 @@ class RunState:
             case "engine":
                 self._hear(event["engine"], event["what"], event.get("version"))
             case "eval":
-                self.evals[event["name"]] = event["exact_match"]
+                if "exact_match" in event:
+                    self.evals[event["name"]] = event["exact_match"]
+                else:
+                    self.heldout_loss = event.get("loss")
                 return True
             case "run_end":
                 self.ended = str(event.get("reason", "ended"))
@@ -140,9 +144,11 @@ class RunState:
         return known(
             {
                 "loss": format_number(step.get("loss")),
+                "held-out loss": format_number(self.heldout_loss),
                 "reward": format_number(step.get("reward_mean"), 3),
                 **{f"{name} match": format_percent(m) for name, m in self.evals.items()},
                 "tokens/s": format_count(step.get("tokens_per_s")),
+                "MFU": format_percent(step.get("mfu")),
                 "waiting": format_percent(step["wait_s"] / step["step_s"] if has_wait else None),
             }
         )

@@ -90,15 +90,24 @@ def summary_cards(summary: Event) -> list[tuple[str, str, str, str]]:
         engines = ("bit-exact", "every last audit equal", "good")
     elif versions:
         engines = ("not proven", "an audit is missing, old or unequal", "bad")
+    heldout = "means of 10 steps"
+    if summary["heldout_loss_last"] is not None:
+        heldout += f"; held out {format_number(summary['heldout_loss_last'], 3)}"
+    if summary["skips"]:
+        heldout += f"; {summary['skips']} skipped"
+    peak = "not measured"
+    if summary["peak_flops"]:
+        peak = f"of {format_count(summary['peak_flops'])}FLOP/s, {summary['peak_source']}"
     attempts = "1 attempt" if summary["attempts"] == 1 else f"{summary['attempts']} attempts"
     lost = f", {dead} engine{'s' * (dead > 1)} lost" if dead else ""
     return [
         ("Held-out reward", rewards, asked, ""),
-        ("Loss", span(summary["loss_first"], summary["loss_last"]), "means of 10 steps", ""),
+        ("Loss", span(summary["loss_first"], summary["loss_last"]), heldout, ""),
         ("On the wire", format_bytes(wire), less, ""),
         ("Changed a version", format_percent(summary["change_density_mean"]), "of elements", ""),
         ("Versions", str(versions), newest, ""),
         ("Engines", *engines),
+        ("MFU", format_percent(summary["mfu_mean"]), peak, ""),
         ("Wall time", format_duration(summary["wall_s"]), attempts + lost, ""),
     ]
 

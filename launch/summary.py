@@ -25,7 +25,7 @@ FIELDS = {
     "train_step": ("phase", "step", "loss"),
     "publish": ("version", "kind", "frame_bytes", "full_bytes", "density"),
     "engine": ("engine", "what"),
-    "eval": ("name", "step", "exact_match", "problems"),
+    "eval": ("name", "step"),
     "checkpoint": ("step",),
     "audit": ("engine", "version", "equal"),
 }
@@ -162,7 +162,11 @@ def summarise(run_dir: Path) -> Event:
     end_reason: of the last run_end, None for a run that runs still or was killed.
     reward_first, reward_last: exact_match of the first and last "heldout" eval of the RL phase;
         heldout_problems: how many problems the last one held.
-    loss_first, loss_last: mean loss of the first and last 10 steps outside the RL phase.
+    loss_first, loss_last: mean loss of the first and last 10 steps outside the RL phase, skipped
+        ones left out; skips: updates skipped because the gradient was not finite.
+    heldout_loss_first, heldout_loss_last: of the first and last "text" eval.
+    mfu_mean: model FLOPs over peak_flops (of all ranks), over the time of all steps; peak_source:
+        measured (a matrix product at the start of the last attempt) or config.
     steps: train steps of every phase, each counted once; tokens: those they trained on.
     versions: published versions, once each; version_last: the newest.
     wire_bytes: their frames' bytes as written; full_bytes: the same versions as full copies in
@@ -180,22 +184,16 @@ def summarise(run_dir: Path) -> Event:
         raise ValueError(f"{Path(run_dir) / 'metrics.jsonl'}: holds no run_start event")
     ends = of_kind(raw[raw.index(starts[-1]) :], "run_end")
     steps = of_kind(events, "train_step")
-    rl = rl_phases(raw)
-    losses = [e["loss"] for e in steps if e["phase"] not in rl]
-    heldout = rl_evals(events, "heldout")
     versions = {e["version"]: e for e in of_kind(raw, "publish")}
     version_last = max(versions, default=None)
     copied = ("name", "seed", "params", "active_params", "world_size", "ep_size", "zero_stage")
+    copied += ("peak_flops", "peak_source")
     return {
         **{field: starts[-1].get(field) for field in copied},
         "engines": len(living_engines(raw)),
         "attempts": len(starts),
         "end_reason": ends[-1].get("reason") if ends else None,
-        "reward_first": heldout[0]["exact_match"] if heldout else None,
-        "reward_last": heldout[-1]["exact_match"] if heldout else None,
-        "heldout_problems": heldout[-1]["problems"] if heldout else None,
-        "loss_first": mean(losses[:LOSS_STEPS]),
-        "loss_last": mean(losses[-LOSS_STEPS:]),
+        **_learned(raw, events),
         "steps": len(steps),
         "tokens": sum(e.get("tokens", 0) for e in steps),
         "versions": len(versions),
@@ -208,6 +206,27 @@ def summarise(run_dir: Path) -> Event:
         "engines_bit_exact": _is_bit_exact(raw, version_last),
         "engines_dead": len(of_kind(raw, "engine", what="dead")),
         "wall_s": raw[-1]["time_s"] - starts[0]["time_s"],
+    }
+
+
+def _learned(raw: list[Event], events: list[Event]) -> Event:
+    """The part of the summary that tells what came of training; `events` are settled."""
+    steps, rl = of_kind(events, "train_step"), rl_phases(raw)
+    losses = [e["loss"] for e in steps if e["phase"] not in rl and not e.get("skipped")]
+    heldout, text = rl_evals(events, "heldout"), of_kind(events, "eval", name="text")
+    timed = [e for e in steps if e.get("mfu") is not None]
+    return {
+        "reward_first": heldout[0]["exact_match"] if heldout else None,
+        "reward_last": heldout[-1]["exact_match"] if heldout else None,
+        "heldout_problems": heldout[-1]["problems"] if heldout else None,
+        "loss_first": mean(losses[:LOSS_STEPS]),
+        "loss_last": mean(losses[-LOSS_STEPS:]),
+        "heldout_loss_first": mean([e["loss"] for e in text[:1]]),
+        "heldout_loss_last": mean([e["loss"] for e in text[-1:]]),
+        "skips": sum(bool(e.get("skipped")) for e in steps),
+        "mfu_mean": sum(e["mfu"] * e["step_s"] for e in timed) / sum(e["step_s"] for e in timed)
+        if timed
+        else None,
     }
 
 

@@ -21,6 +21,7 @@ def train(session: Session) -> None:
         result = session.update(phase)
         session.publish(phase)
         session.record(phase, result)
+        session.evaluate(phase)
         if session.is_phase_done(phase):
             session.end_phase(phase)
         elif session.is_checkpoint_due():

@@ -21,10 +21,11 @@ from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
+from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.checkpoint import Checkpoint
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data.mixture import task_source
-from gossamer.trainer.evaluate import greedy_exact_match
+from gossamer.trainer.evaluate import greedy_exact_match, heldout_loss
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
@@ -99,18 +100,8 @@ class Session:
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
         self._rollout_statistics: RolloutStatistics | None = None
         self._clock_s = self._wait_s = self._lr = 0.0
-        self._peak_flops = (config.metrics.peak_flops or 0.0) * self.dims.world_size
-        steps = config.metrics.profile_steps
-        self._profiler = StepProfiler(place.run_dir / "profile", self.dims.rank, steps)
-        moe = config.model.moe
-        self._trace = (
-            RoutingTrace(place.run_dir / moe.trace_path, self.dims.rank, moe.trace_steps)
-            if moe.trace_path
-            else None
-        )
-        if self._is_first_rank:
-            self._events = EventLog(place.run_dir)
-            self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
+        self._heldout: dict[str, TokenBatch] = {}
+        self._open_books()
         self._saver = Saver(
             config.checkpoint, place.run_dir, self._epoch, self.engine, self.model, self._log
         )
@@ -258,6 +249,28 @@ class Session:
             **fields,
         )
 
+    def evaluate(self, phase: PhaseConfig) -> None:
+        """Every heldout.every_steps, outside RL: the loss on text that is never trained on."""
+        every = self.config.heldout.every_steps
+        if not every or self.progress.step % every or phase.kind == "grpo":
+            return
+        start_s = time.perf_counter()
+        if phase.kind not in self._heldout:
+            self._heldout[phase.kind] = self._feed.heldout(phase.kind)
+        rows, micro_rows = self._heldout[phase.kind], self.config.micro_rows
+        loss, tokens = heldout_loss(self.model, self.dims, rows, micro_rows)
+        eval_s = time.perf_counter() - start_s
+        self._clock_s += eval_s  # it is no part of the next step's time
+        self._event(
+            "eval",
+            name="text",
+            step=self.progress.step,
+            phase=phase.name,
+            loss=loss,
+            tokens=tokens,
+            eval_s=eval_s,
+        )
+
     def is_phase_done(self, phase: PhaseConfig) -> bool:
         """Out of steps, or good enough on the dev problems."""
         done = self.progress.phase_step >= phase.max_steps
@@ -294,6 +307,19 @@ class Session:
             self._wandb.close()
 
     # --- parts ----------------------------------------------------------------------------------
+
+    def _open_books(self) -> None:
+        """Metrics, and what else is written of a run while it runs."""
+        config, place, rank = self.config, self.place, self.dims.rank
+        self._peak_flops = (config.metrics.peak_flops or 0.0) * self.dims.world_size
+        steps, moe = config.metrics.profile_steps, config.model.moe
+        self._profiler = StepProfiler(place.run_dir / "profile", rank, steps)
+        self._trace: RoutingTrace | None = None
+        if moe.trace_path:
+            self._trace = RoutingTrace(place.run_dir / moe.trace_path, rank, moe.trace_steps)
+        if self._is_first_rank:
+            self._events = EventLog(place.run_dir)
+            self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
 
     def _audit(self) -> None:
         published = self._published

@@ -31,6 +31,8 @@ STEP_SETTINGS = {
     "metrics": {"wandb_mode": "disabled", "profile_steps": [2, 3]},
     "checkpoint": {"every_steps": 1, "keep_last": 20},
 }
+HELDOUT_EVERY = {"again": 2}
+"""Steps between looks at held-out text, 100 where not named: the same documents are held out."""
 RUNS = {"plain": [], "again": [], "one": [3], "two": [1, 2]}
 """Steps in which the loss of rank 1 is NaN, by run."""
 
@@ -41,9 +43,10 @@ def run_all(folder: str) -> dict[str, str]:
     from gossamer.trainer.loop import train
     from gossamer.trainer.session import RunPlace, Session
 
-    config, ended = build_config(TrainConfig, STEP_SETTINGS, "train"), {}
-    loss_sum = steps.next_token_loss_sum
+    ended, loss_sum = {}, steps.next_token_loss_sum
     for name, nan_steps in RUNS.items():
+        heldout = {"every_steps": HELDOUT_EVERY.get(name, 100), "num_rows": 5, "permille": 300}
+        config = build_config(TrainConfig, {**STEP_SETTINGS, "heldout": heldout}, "train")
         place = RunPlace(run_dir=Path(folder, name), name="test")
         session = Session(config, place, None, on_checkpoint=lambda step: None)
 
@@ -107,8 +110,12 @@ def test_too_many_skips_in_a_row_end_the_run_on_every_rank(runs):
     assert [ended[0][name] for name in ("plain", "again", "one")] == ["", "", ""]
 
 
-def test_two_deterministic_runs_are_the_same_bits(runs):
+def test_two_deterministic_runs_are_the_same_bits_however_often_they_are_evaluated(runs):
     folder, _ = runs
+    assert [e["step"] for e in events(folder / "again", "eval")] == [2, 4]
+    assert events(folder / "plain", "eval") == []
+    for evaluated in events(folder / "again", "eval"):
+        assert 3.0 < evaluated["loss"] < 7.0 and evaluated["tokens"] > 100
     for field in ("loss", "grad_norm", "balance_loss", "expert_load"):
         found = [
             [e.get(field) for e in events(folder / n, "train_step")] for n in ("plain", "again")

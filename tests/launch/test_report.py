@@ -52,6 +52,19 @@ def own_html(path):
     return html.replace(get_plotlyjs(), "")
 
 
+def test_heldout_loss_is_drawn_beside_its_phases_loss(tmp_path):
+    run = SyntheticRun(tmp_path)
+    run.start(1)
+    for step, phase in enumerate(("pretrain", "pretrain", "sft"), 1):
+        run.add("train_step", phase=phase, step=step, loss=2.0)
+        run.add("eval", name="text", step=step, phase=phase, loss=3.0 - step, tokens=77)
+    chart = charts.loss_chart(settle(read_events(tmp_path)))
+    held = [t for t in chart.figure.data if t.name == "held out"]
+    assert [(list(t.x), list(t.y)) for t in held] == [([1, 2], [2.0, 1.0]), ([3], [0.0])]
+    assert "77 tokens" in chart.note
+    assert "held out 0" in own_html(write_report(tmp_path))
+
+
 def test_the_page_is_one_file_that_asks_the_network_for_nothing(run_dir):
     path = write_report(run_dir)
     html = own_html(path)

@@ -94,6 +94,20 @@ def test_loss_is_a_mean_of_ten_steps_outside_rl(tmp_path):
     assert summary["loss_last"] == sum(range(5, 15)) / 10
 
 
+def test_what_was_skipped_held_out_and_the_mfu(tmp_path):
+    """MFU is over all time: a step twice as long weighs twice."""
+    run = SyntheticRun(tmp_path)
+    run.start(1)
+    for step, (loss, mfu, step_s) in enumerate([(3.0, 0.1, 2.0), (float("nan"), 0.4, 1.0)], 1):
+        timed = {"mfu": mfu, "step_s": step_s, "skipped": loss != loss}
+        run.add("train_step", phase="pretrain", step=step, loss=loss, **timed)
+        run.add("eval", name="text", step=step, phase="pretrain", loss=4.0 - step, tokens=9)
+    summary = summarise(tmp_path)
+    assert (summary["loss_last"], summary["skips"]) == (3.0, 1)
+    assert (summary["heldout_loss_first"], summary["heldout_loss_last"]) == (3.0, 2.0)
+    assert math.isclose(summary["mfu_mean"], (0.1 * 2 + 0.4) / 3)
+
+
 def test_bytes_and_density(tmp_path):
     run = SyntheticRun(tmp_path)
     run.start(1)

@@ -12,6 +12,7 @@ from gloo_world import run_world
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import ModelConfig
+from gossamer.trainer.evaluate import heldout_loss
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.config import MoEConfig
 from gossamer.trainer.moe.router import Routing
@@ -54,9 +55,12 @@ def first_update(expert: int, micro_rows: int, scope: str) -> dict:
         block.gate.register_forward_hook(
             lambda gate, inputs, output, layer=layer: routed.append((layer, output))
         )
+    heldout, tokens = heldout_loss(model, dims, uneven_batch(), micro_rows)
+    routed.clear()
     result = update(model, engine, dims, uneven_batch(), 1e-2, config)
     return {
         "numbers": [result.loss, result.z_loss, result.grad_norm, result.balance_loss],
+        "heldout": [heldout, tokens, result.learned_tokens],
         "by_hand": balance_by_hand(routed, micro_rows, scope) if expert == 1 else 0.0,
         "rows": [
             (o.name, list(o.shape), o.row_start, o.master.clone(), o.moments["exp_avg"].clone())
@@ -99,8 +103,15 @@ def test_two_ranks_with_two_uneven_micro_batches_equal_one_batch(one):
     expected = whole_tensors([one["whole"]], 4)
     for rank in ranks:
         assert rank["numbers"] == pytest.approx(one["whole"]["numbers"], rel=1e-6)
+        assert rank["heldout"] == pytest.approx(one["whole"]["heldout"], rel=1e-6)
     for name, gradient in whole_tensors(ranks, 4).items():
         assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
+
+
+def test_heldout_loss_is_the_loss_an_update_would_tell(one):
+    for found in one.values():
+        loss, tokens, learned = found["heldout"]
+        assert loss == pytest.approx(found["numbers"][0], rel=1e-6) and tokens == learned
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
