@@ -133,8 +133,10 @@ class TrainConfig:
         )
         _require(
             all(phase.kind != "sft" for phase in self.phases)
+            or self.data.task_share == 1.0
             or any(source.messages_field is not None for source in self.data.sources),
-            "an sft phase needs conversations; expected data.sources with a messages_field",
+            "an sft phase needs conversations; expected data.sources with a messages_field, or"
+            " data.task_share 1",
         )
         for name in ("num_experts", "num_local_experts", "n_routed_experts"):
             experts = self.model.hf.get(name)

@@ -42,7 +42,7 @@ class Feed:
         Raises ValueError for a grpo phase on rank 0 without rollouts, and for data that cannot be
         read or is not that of the state.
         """
-        self._config, self._tokenizer = config, tokenizer
+        self._config, self._tokenizer, self._problems = config, tokenizer, problems
         self._loaders: dict[str, StatefulDataLoader] = {}
         self._batches: dict[str, Iterator[TokenBatch]] = {}
         self.rollouts: RolloutBatches | None = None
@@ -78,7 +78,7 @@ class Feed:
         """
         batch = None
         if dist.get_rank() == 0:
-            sources = heldout_sources(self._config, self._tokenizer, kind)
+            sources = heldout_sources(self._config, self._tokenizer, self._problems, kind)
             data = replace(self._config.data, num_rows=self._config.heldout.num_rows)
             batch = next(TokenStream(sources, data, seed=0))
         return _broadcast(batch, TokenBatch)

@@ -132,8 +132,8 @@ class DataConfig:
     num_rows: int = 64
     """Rows in the batch of one step, over all ranks."""
     task_share: float = 0.8
-    """Share of the rows of next_token phases that hold task text (0 to 1); the others hold text of
-    the sources, or of the corpus."""
+    """Share of the rows that hold task problems (0 to 1), in sft phases as conversations; the
+    others hold texts or conversations of the sources, or text of the corpus."""
     answer_only: bool = False
     """True puts no loss on the question's tokens of task text."""
     corpus_path: str | None = None
