@@ -90,6 +90,11 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     sync.add_argument("--quick", action="store_true", help="small models, under a minute")
     sync.add_argument("--traces", type=Path, metavar="DIR", help="keep recorded traces here")
     sync.set_defaults(run=_bench_sync)
+    placement = benches.add_parser("placement", help="where experts live: methods, drift, bounds")
+    placement.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
+    placement.add_argument("--quick", action="store_true", help="few and small, about a minute")
+    placement.add_argument("--traces", type=Path, metavar="DIR", help="keep recorded traces here")
+    placement.set_defaults(run=_bench_placement)
     table = benches.add_parser("table", help="the rows of `bench sync` as Markdown")
     table.add_argument("json", type=Path)
     table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")
@@ -161,6 +166,12 @@ def _bench_sync(arguments: argparse.Namespace) -> None:
     from gossamer.launch.bench.sync import bench_sync
 
     bench_sync(arguments.json, arguments.traces, arguments.quick)
+
+
+def _bench_placement(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench.placement import bench_placement
+
+    bench_placement(arguments.json, arguments.traces, arguments.quick)
 
 
 def _bench_table(arguments: argparse.Namespace) -> None:

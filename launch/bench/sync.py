@@ -65,7 +65,7 @@ def bench_sync(json_path: Path, traces_folder: Path | None, quick: bool) -> None
             print(f"{trace.name}: {trace.how}", file=sys.stderr, flush=True)
             rows += measure(trace, wires, QUICK_TURNS if quick else TURNS)
     command = " ".join(["gossamer bench sync", *["--quick"] * quick])
-    result = {"machine": _machine(), "command": command, "rows": rows}
+    result = {"machine": machine(), "command": command, "rows": rows}
     partial = json_path.with_name(f".{json_path.name}")
     partial.write_text(json.dumps(result, indent=1))
     partial.replace(json_path)
@@ -185,7 +185,7 @@ def _bits(tensors: dict[str, Tensor]) -> Weights:
     return {name: tensor_bits(tensor) for name, tensor in tensors.items()}
 
 
-def _machine() -> str:
+def machine() -> str:
     """The processor, its cores and the system, in one line."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = [line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line]
