@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_resume)
     command = commands.add_parser("validate", help="check a recipe and say what it resolves to")
     _add_recipe(command)
+    command.add_argument(
+        "--data", action="store_true", help="also read the data: does every prompt fit? (seconds)"
+    )
     command.set_defaults(run=_validate)
     command = commands.add_parser("report", help="write summary.json and report.html of a run")
     command.add_argument("run_dir", type=Path)
@@ -131,8 +134,23 @@ def _validate(arguments: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from gossamer.launch.recipe import load_recipe
+    from gossamer.trainer.import_path import check_module
+    from gossamer.trainer.moe.config import ROUTERS
+    from gossamer.trainer.rl.config import REWARDS
 
-    print(json.dumps(asdict(load_recipe(arguments.recipe, arguments.overrides)), indent=1))
+    config = load_recipe(arguments.recipe, arguments.overrides)
+    if config.train.model.router is not None:
+        check_module(config.train.model.router, ROUTERS, "model.router")
+    if config.has_rollouts:
+        check_module(config.train.rl.reward, REWARDS, "rl.reward")
+    if arguments.data:
+        import tempfile
+
+        from gossamer.trainer.prepare import prepare_run
+
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_run(config.train, Path(folder), config.name)
+    print(json.dumps(asdict(config), indent=1))
 
 
 def _report(arguments: argparse.Namespace) -> None:

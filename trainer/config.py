@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from gossamer.comm.config import LogConfig
 from gossamer.parallel.config import ParallelConfig
 from gossamer.trainer.data.config import DataConfig, TaskConfig, TokenizerConfig
-from gossamer.trainer.moe.config import MoEConfig
+from gossamer.trainer.import_path import check_name
+from gossamer.trainer.moe.config import ROUTERS, MoEConfig
 from gossamer.trainer.rl.config import RLConfig
 from gossamer.trainer.step.config import HeldoutConfig, MetricsConfig, OptimConfig, PhaseConfig
 
@@ -61,6 +62,8 @@ class ModelConfig:
             self.balance_loss_coef >= 0.0,
             f"model.balance_loss_coef is {self.balance_loss_coef}; expected 0 or more",
         )
+        if self.router is not None:
+            check_name(self.router, ROUTERS, "model.router")
         _require(
             self.recompute in RECOMPUTE,
             f"model.recompute is {self.recompute}; expected one of {RECOMPUTE}",

@@ -15,8 +15,9 @@ from gossamer.parallel.dispatch import Dispatcher
 from gossamer.trainer.config import ModelConfig
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.moe.block import MoEBlock, StepContext
+from gossamer.trainer.moe.config import ROUTERS
 from gossamer.trainer.moe.experts import GroupedExperts
-from gossamer.trainer.moe.router import ROUTERS, RouterSpec
+from gossamer.trainer.moe.router import RouterSpec
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 

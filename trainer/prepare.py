@@ -16,7 +16,13 @@ from gossamer.comm.log import WeightLog
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.corpus import first_chars, read_documents
 from gossamer.trainer.data.reader import source_texts
-from gossamer.trainer.task import Problem, TaskProblems, build_problems
+from gossamer.trainer.task import (
+    Problem,
+    TaskProblems,
+    answer_ids,
+    build_problems,
+    prompt_ids,
+)
 from gossamer.trainer.tokenizer import (
     PLAIN_TEMPLATE,
     TOKENIZER_FILE,
@@ -43,6 +49,28 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
             temporary.replace(run_dir / PROBLEMS_FILE)
         texts = [problem.text for problem in load_problems(run_dir).train[:2000]]
     _prepare_tokenizer(config, run_dir, texts)
+    if config.task is not None:
+        check_lengths(config, load_problems(run_dir), load_run_tokenizer(run_dir))
+
+
+def check_lengths(config: TrainConfig, problems: TaskProblems, tokenizer: Tokenizer) -> None:
+    """Raises ValueError for a row that is too short for a problem, before anything is trained."""
+    trained = [*problems.train, *problems.dev]
+    prompts = [len(prompt_ids(tokenizer, problem)) for problem in trained]
+    most = max(prompts) + config.rl.max_new_tokens
+    if any(phase.kind == "grpo" for phase in config.phases) and most > config.rl.seq_len:
+        raise ValueError(
+            f"rl.seq_len is {config.rl.seq_len}; expected at least {most}: a prompt of"
+            f" {max(prompts)} tokens and rl.max_new_tokens={config.rl.max_new_tokens}"
+        )
+    answers = [len(answer_ids(tokenizer, problem)) for problem in trained]
+    most = max(map(sum, zip(prompts, answers, strict=True)))
+    is_read = any(phase.kind == "next_token" for phase in config.phases)
+    if is_read and config.data.task_share > 0 and most > config.data.seq_len:
+        raise ValueError(
+            f"data.seq_len is {config.data.seq_len}; expected at least {most}, as many tokens as a"
+            " problem and its answer have"
+        )
 
 
 def _prepare_tokenizer(config: TrainConfig, run_dir: Path, texts: list[str]) -> None:

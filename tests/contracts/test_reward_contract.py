@@ -5,7 +5,7 @@ import os
 
 import pytest
 from gossamer.trainer.import_path import resolve
-from gossamer.trainer.rl.reward import REWARDS
+from gossamer.trainer.rl.config import REWARDS
 
 NAMES = [*REWARDS, *filter(None, [os.environ.get("GOSSAMER_REWARD")])]
 COMPLETIONS = [" 17", "17", "", " ", "-3", "x" * 1000, "\ufffd\x00", "17 17", "<eos>"]

@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 from gossamer.trainer.import_path import resolve
-from gossamer.trainer.moe.config import GrowingKConfig, MoEConfig
-from gossamer.trainer.moe.router import ROUTERS, RouterSpec, Routing
+from gossamer.trainer.moe.config import ROUTERS, GrowingKConfig, MoEConfig
+from gossamer.trainer.moe.router import RouterSpec, Routing
 
 NAMES = [*ROUTERS, *filter(None, [os.environ.get("GOSSAMER_ROUTER")])]
 E, D, K = 8, 16, 3

@@ -8,6 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+ROUTERS = {
+    "topk_softmax": "gossamer.trainer.moe.routers.topk_softmax:TopKSoftmaxRouter",
+    "sigmoid_bias": "gossamer.trainer.moe.routers.sigmoid_bias:SigmoidBiasRouter",
+    "dense_to_sparse": "gossamer.trainer.moe.routers.dense_to_sparse:DenseToSparseRouter",
+    "smoe_dropout": "gossamer.trainer.moe.routers.smoe_dropout:SMoEDropoutRouter",
+}
+"""Each is built as `build(weight_ED, spec)`, spec being a RouterSpec."""
+
 BALANCE_SCOPES = ("micro_batch", "sequence", "global_batch")
 TEMPERATURE_DECAYS = ("exponential", "linear")
 

@@ -1,7 +1,8 @@
 """Routers: which experts a token goes to, and with what weight (seam: Router).
 
 The one idea: a router sees hidden states and answers a few tensors; everything else (dispatch,
-losses, metrics) is computed from those, so a new router is one file in routers/ and one line here.
+losses, metrics) is computed from those, so a new router is one file in routers/ and one line in
+config.py.
 What changes over a run is a function of the optimizer step, or moves once per step by `end_step`.
 
 Shapes: T tokens, K slots (top-k), E experts, D hidden.
@@ -16,14 +17,6 @@ import torch
 from gossamer.trainer.moe.config import MoEConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-ROUTERS = {
-    "topk_softmax": "gossamer.trainer.moe.routers.topk_softmax:TopKSoftmaxRouter",
-    "sigmoid_bias": "gossamer.trainer.moe.routers.sigmoid_bias:SigmoidBiasRouter",
-    "dense_to_sparse": "gossamer.trainer.moe.routers.dense_to_sparse:DenseToSparseRouter",
-    "smoe_dropout": "gossamer.trainer.moe.routers.smoe_dropout:SMoEDropoutRouter",
-}
-"""Each is built as `build(weight_ED, spec)`, spec being a RouterSpec."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

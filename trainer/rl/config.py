@@ -7,6 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gossamer.trainer.import_path import check_name
+
+REWARDS = {"exact_match": "gossamer.trainer.rl.reward:exact_match"}
+
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:
@@ -49,6 +53,7 @@ class RLConfig:
     """When set: no clipped surrogate, but policy gradient weighted by min(ratio, cap)."""
 
     def __post_init__(self) -> None:
+        check_name(self.reward, REWARDS, "rl.reward")
         for name in (
             "prompts_per_step",
             "prompts_per_unit",

@@ -13,8 +13,6 @@ from typing import Protocol
 from gossamer.comm.rollout import Sample
 from gossamer.trainer.tokenizer import Tokenizer
 
-REWARDS = {"exact_match": "gossamer.trainer.rl.reward:exact_match"}
-
 
 class Reward(Protocol):
     """A pure function of what was asked for and what came."""

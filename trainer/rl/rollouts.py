@@ -14,10 +14,10 @@ import torch
 from gossamer.comm.rollout import Request, Sample
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.import_path import resolve
-from gossamer.trainer.rl.config import RLConfig
+from gossamer.trainer.rl.config import REWARDS, RLConfig
 from gossamer.trainer.rl.grpo import PolicyBatch, group_advantages, pack_samples
 from gossamer.trainer.rl.prompts import prompt_batch, requests_for
-from gossamer.trainer.rl.reward import REWARDS, exact_match, score_samples
+from gossamer.trainer.rl.reward import exact_match, score_samples
 from gossamer.trainer.task import Problem, TaskProblems, prompt_ids
 from gossamer.trainer.tokenizer import Tokenizer
 
