@@ -60,9 +60,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if data.corpus_path is not None:
         data = replace(data, corpus_path=str(Path(data.corpus_path).absolute()))
     sources = tuple(_with_absolute_path(source) for source in data.sources)
-    for name in ("path", "chat_template"):
-        if (path := getattr(told, name)) is not None:
-            told = replace(told, **{name: str(Path(path).absolute())})
+    if told.path is not None:
+        told = replace(told, path=str(Path(told.path).absolute()))
+    if told.chat_template is not None:
+        told = replace(told, chat_template=str(Path(told.chat_template).absolute()))
     train = replace(train, data=replace(data, sources=sources), tokenizer=told)
     if train.model.path is not None:
         folder = str(Path(train.model.path).absolute())

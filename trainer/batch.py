@@ -69,10 +69,10 @@ def _rows(tensor: torch.Tensor, start: int, rows: int) -> torch.Tensor:
 class Document:
     """Tokens that attend to one another, and from which of them on the loss counts."""
 
-    token_ids: Sequence[int]
+    token_ids: Sequence[int] | np.ndarray
     learn_from: int = 0
     """Tokens before this one are only read; token 0 is never predicted."""
-    is_learned: Sequence[bool] | None = None
+    is_learned: Sequence[bool] | np.ndarray | None = None
     """Of each token, whether the loss counts on it; None = on all from learn_from on."""
 
 

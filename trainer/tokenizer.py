@@ -131,7 +131,7 @@ class Tokenizer:
 
     def _begins_with_bos(self, bos: int | None) -> bool:
         """Whether transformers would begin a text with it."""
-        if self.is_own:
+        if self._settings is None:
             return True
         told = self._settings.get("add_bos_token")
         return bos in self._bpe.encode("").ids if told is None else bool(told)

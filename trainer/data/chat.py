@@ -87,19 +87,21 @@ def _render(
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
+    roles: dict[str, Any] = dict(tokenizer.special_tokens)
     try:
         with _RENDERING:
-            (text,), spans = render_jinja_template(
+            found: Any = render_jinja_template(
                 [messages],
                 tools=tools,
                 chat_template=tokenizer.chat_template,
                 return_assistant_tokens_mask=_is_marked(tokenizer),
                 add_generation_prompt=prompt,
-                **tokenizer.special_tokens,
+                **roles,
             )
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise ValueError(f"is refused by the chat template: {error}") from error
-    return text, [tuple(span) for span in spans[0]] if spans else []
+    texts, spans = found
+    return texts[0], [(start, stop) for start, stop in spans[0]] if spans else []
 
 
 def chat_documents(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zstandard
 from gossamer.trainer.data.config import SourceConfig
@@ -69,7 +69,7 @@ class JsonlReader:
                 yield line
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
