@@ -104,24 +104,32 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, None]:
         route: Route = ctx.route  # type: ignore[attr-defined]
         grad_ND = route.path.bring_home(grad_RD, "backward")
-        return route.pairs.by_slot(grad_ND).sum(dim=1), None
+        return route.pairs.sum_slots(grad_ND), None
 
 
 class _Combine(torch.autograd.Function):
-    """y_RD -> y_TKD; gradients go the way of dispatch, a row for each pair."""
+    """y_RD, weight_TK -> y_TD; gradients go the way of dispatch, a row for each pair."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, y_RD: Tensor, route: Route) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, y_RD: Tensor, weight_TK: Tensor, route: Route
+    ) -> Tensor:
+        y_ND = route.path.bring_home(y_RD, "forward")
         ctx.route = route  # type: ignore[attr-defined]
-        return route.pairs.by_slot(route.path.bring_home(y_RD, "forward"))
+        ctx.save_for_backward(y_ND, weight_TK)
+        return route.pairs.sum_slots(y_ND, weight_TK)
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: torch.autograd.function.FunctionCtx, grad_TKD: Tensor
-    ) -> tuple[Tensor, None]:
+        ctx: torch.autograd.function.FunctionCtx, grad_TD: Tensor
+    ) -> tuple[Tensor, Tensor, None]:
         route: Route = ctx.route  # type: ignore[attr-defined]
-        grad_ND = grad_TKD.flatten(0, 1).index_select(0, route.pairs.order_N)
-        return route.path.send_pairs(grad_ND, "backward"), None
+        y_ND, weight_TK = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_TD = grad_TD.contiguous()
+        grad_TK = route.pairs.slot_products(grad_TD, y_ND)
+        grad_ND = grad_TD.index_select(0, route.pairs.token_N)
+        grad_ND *= weight_TK.flatten()[route.pairs.order_N].unsqueeze(1)
+        return route.path.send_pairs(grad_ND, "backward"), grad_TK, None
 
 
 class Dispatcher:
@@ -184,6 +192,9 @@ class Dispatcher:
         route = Route(pairs, path)
         return _Dispatch.apply(x_TD, route), path.count_e, route
 
-    def combine(self, y_RD: Tensor, route: Route) -> Tensor:
-        """Brings expert outputs home: y_TKD, in each token's slot order; 0 for dropped pairs."""
-        return _Combine.apply(y_RD, route)
+    def combine(self, y_RD: Tensor, weight_TK: Tensor, route: Route) -> Tensor:
+        """Brings expert outputs home: y_TD, times their weights and summed in slot order.
+
+        A dropped pair adds 0, and its weight gets a gradient of 0.
+        """
+        return _Combine.apply(y_RD, weight_TK.to(y_RD.dtype), route)

@@ -11,6 +11,7 @@ from gloo_world import run_world
 from gossamer.parallel.config import DispatchConfig, ParallelConfig
 from gossamer.parallel.dims import ParallelDims, build_dims
 from gossamer.parallel.dispatch import Dispatcher
+from gossamer.parallel.route import Pairs
 from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.experts import GroupedExperts
 from gossamer.trainer.moe.router import RouterSpec, Routing
@@ -93,8 +94,14 @@ def dispatched(dims: ParallelDims) -> dict:
     x_RD, count_e, route = dispatcher.dispatch(x_TD, choices()[first : first + len(x_TD)])
     factor_R = torch.arange(dims.local_experts(E).start, dims.local_experts(E).stop)
     y_RD = x_RD * (factor_R + 1).repeat_interleave(count_e).unsqueeze(1)
-    y_TKD = dispatcher.combine(y_RD, route)
-    return {"rows": x_RD, "count": count_e, "home": y_TKD, "experts": list(dims.local_experts(E))}
+    slots_KK = torch.eye(K, dtype=torch.float64)  # a weight of 1 for one slot brings its row
+    home = [dispatcher.combine(y_RD, row_K.expand(len(x_TD), K), route) for row_K in slots_KK]
+    return {
+        "rows": x_RD,
+        "count": count_e,
+        "home": torch.stack(home, 1),
+        "experts": list(dims.local_experts(E)),
+    }
 
 
 def choices() -> Tensor:
@@ -215,3 +222,29 @@ def test_neighbours_share_one_set_of_experts(ranks):
     assert [rank["EP=1"]["group"] for rank in ranks] == [None] * 4
     assert [rank["EP=2"]["group"] for rank in ranks] == [[0, 1], [0, 1], [2, 3], [2, 3]]
     assert [rank["EP=4"]["group"] for rank in ranks] == [[0, 1, 2, 3]] * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", ["all", "some", "none", "no token"])
+def test_slots_are_summed_as_a_table_of_them_would_be(dtype, kept):
+    """Sum, weighted sum and products of slots against [T, K, D] written out, in float64."""
+    generator = torch.Generator().manual_seed(4)
+    tokens = 0 if kept == "no token" else 9
+    expert_TK = torch.rand(tokens, E, generator=generator).topk(K).indices
+    kept_TK = None if kept == "all" else torch.rand(tokens, K, generator=generator) < 0.6
+    if kept == "none":
+        kept_TK = torch.zeros_like(expert_TK, dtype=torch.bool)
+    pairs = Pairs(expert_TK, E, kept_TK)
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(dtype)  # noqa: E731
+    y_ND, x_TD, weight_TK = draw(len(pairs.order_N), D), draw(tokens, D), draw(tokens, K)
+    table_PD = torch.zeros(tokens * K, D, dtype=torch.float64)
+    table_PD[pairs.order_N] = y_ND.double()
+    table_TKD = table_PD.view(tokens, K, D)
+    for found, expected in (
+        (pairs.sum_slots(y_ND), table_TKD.sum(1)),
+        (pairs.sum_slots(y_ND, weight_TK), (table_TKD * weight_TK.double().unsqueeze(-1)).sum(1)),
+        (pairs.slot_products(x_TD, y_ND), (table_TKD * x_TD.double().unsqueeze(1)).sum(-1)),
+    ):
+        assert found.dtype == dtype and found.shape == expected.shape
+        bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+        assert (found.double() - expected).norm() <= bound * expected.norm()

@@ -51,7 +51,8 @@ def sent(layout: str, levels: int, which: str) -> list[int]:
             physical_TK = torch.from_numpy(np.argsort(slots_S)[expert_LTK[mine_T]])
             x_TD = torch.ones(len(physical_TK), D, requires_grad=True)
             x_RD, _, route = dispatcher.dispatch(x_TD, physical_TK)
-            dispatcher.combine(x_RD * 2, route).sum().backward()
+            weight_TK = torch.ones(physical_TK.shape)
+            dispatcher.combine(x_RD * 2, weight_TK, route).sum().backward()
     traffic = dispatcher.traffic.take()
     kinds = ("forward", "backward", "index")
     return [sum(getattr(traffic, f"{k}_{link}") for k in kinds) for link in ("in_node", "across")]

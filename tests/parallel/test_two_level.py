@@ -45,8 +45,7 @@ def layer(layout: tuple[int, int, int], levels: int, capacity: float | None, dty
     expert_TK = all_of["expert"][mine]
     kept_TK = dispatcher.kept(expert_TK, weight_TK, step=3)
     x_RD, count_e, route = dispatcher.dispatch(x_TD, expert_TK, kept_TK)
-    y_TKD = dispatcher.combine(experts(x_RD, count_e), route)
-    y_TD = (y_TKD * weight_TK.unsqueeze(-1)).sum(1)
+    y_TD = dispatcher.combine(experts(x_RD, count_e), weight_TK, route)
     (y_TD * all_of["dy"][mine]).sum().backward()
     sent = dispatcher.traffic.take()
     assert dispatcher.traffic.forward_across == 0

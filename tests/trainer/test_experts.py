@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from gossamer.trainer.moe.experts import GroupedExperts, grouped_matmul, loop_matmul
+from gossamer.trainer.moe.experts import GroupedExperts, GroupedProducts, LoopProducts
 from torch.nn import functional as F
 
 COUNTS = {
@@ -19,32 +19,52 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> to
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def forward_backward(multiply, x_RI, w_eOI, count_e) -> tuple[torch.Tensor, ...]:
-    x, w = x_RI.clone().requires_grad_(), w_eOI.clone().requires_grad_()
-    y = multiply(x, w, count_e)
-    y.backward(random(*y.shape, dtype=y.dtype, seed=9))
-    return y.detach(), x.grad, w.grad
-
-
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_grouped_is_the_loop(dtype, counts):
-    """Output and both gradients; an expert without rows has a gradient of zero, not none."""
+def test_grouped_products_are_the_loop_s(dtype, counts):
+    """Rows, and weights; those of an expert without rows are 0, not left out."""
     count_e = torch.tensor(counts)
-    x, w = random(sum(counts), 16, dtype=dtype), random(4, 24, 16, dtype=dtype, seed=1)
-    grouped = forward_backward(grouped_matmul, x, w, count_e)
-    for found, expected in zip(grouped, forward_backward(loop_matmul, x, w, count_e), strict=True):
+    x_RI, y_RO = random(sum(counts), 16, dtype=dtype), random(sum(counts), 24, dtype=dtype, seed=2)
+    w_eOI = random(4, 24, 16, dtype=dtype, seed=1)
+    grouped, loop = GroupedProducts(count_e), LoopProducts(count_e)
+    for found, expected in (
+        (grouped.rows(x_RI, w_eOI.mT), loop.rows(x_RI, w_eOI.mT)),
+        (grouped.rows(y_RO, w_eOI), loop.rows(y_RO, w_eOI)),
+        (grouped.weights(y_RO, x_RI), loop.weights(y_RO, x_RI)),
+    ):
         assert found.dtype == dtype and found.shape == expected.shape
         difference = (found.double() - expected.double()).norm()
         assert difference <= TOLERANCE[dtype] * expected.double().norm()
-    assert [bool(g.any()) for g in grouped[2]] == [count > 0 for count in counts]
+    assert [bool(w.any()) for w in grouped.weights(y_RO, x_RI)] == [n > 0 for n in counts]
 
 
 def test_the_loop_by_hand():
     x_RI = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
     w_eOI = torch.tensor([[[1.0, 0.0]], [[9.0, 9.0]], [[0.0, 1.0]]])
-    y = loop_matmul(x_RI, w_eOI, torch.tensor([2, 0, 1]))
-    assert y.tolist() == [[1.0], [3.0], [6.0]]
+    loop = LoopProducts(torch.tensor([2, 0, 1]))
+    assert loop.rows(x_RI, w_eOI.mT).tolist() == [[1.0], [3.0], [6.0]]
+    weights = loop.weights(torch.tensor([[1.0], [10.0], [2.0]]), x_RI)
+    assert weights.tolist() == [[[31.0, 42.0]], [[0.0, 0.0]], [[10.0, 12.0]]]
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+def test_gradients_are_those_of_finite_differences(counts):
+    shapes = ((sum(counts), 6), (4, 8, 6), (4, 6, 4))
+    given = [random(*s, dtype=torch.float64, seed=i).requires_grad_() for i, s in enumerate(shapes)]
+
+    def apply(x_RD, gate_up_eFD, down_eDF):
+        experts = GroupedExperts(gate_up_eFD, down_eDF)
+        weights = {"gate_up_proj": gate_up_eFD, "down_proj": down_eDF}
+        return torch.func.functional_call(experts, weights, (x_RD, torch.tensor(counts)))
+
+    assert torch.autograd.gradcheck(apply, given)
+
+
+def test_what_is_activated_is_not_kept():
+    experts, kept = GroupedExperts(random(4, 16, 12), random(4, 12, 8)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
+        experts(random(10, 12).requires_grad_(), torch.tensor(COUNTS["all used"]))
+    assert [shape for shape in kept if shape[0] == 10] == [(10, 12), (10, 16)]
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)

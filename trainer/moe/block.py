@@ -101,9 +101,8 @@ class MoEBlock(nn.Module):
         )
         physical_TK = self._physical(routing.expert_TK)
         x_RD, count_e, route = self.dispatcher.dispatch(x_TD, physical_TK, kept_TK)
-        y_TKD = self.dispatcher.combine(self.experts(x_RD, count_e), route)
         # summed in slot order: placement changes no bit
-        y_TD = (y_TKD * routing.weight_TK.to(y_TKD.dtype).unsqueeze(-1)).sum(dim=1)
+        y_TD = self.dispatcher.combine(self.experts(x_RD, count_e), routing.weight_TK, route)
         y_BSD = y_TD.view_as(x_BSD)
         return y_BSD if self.shared_experts is None else y_BSD + self.shared_experts(x_BSD)
 
