@@ -45,6 +45,7 @@ def start_run(config: RunConfig, run_dir: Path, overwrite: bool) -> None:
                     " or start anew with --overwrite"
                 )
             _empty(run_dir)
+        _clear_checkpoints(config, run_dir, overwrite)
         dump_config(config, run_dir / CONFIG_FILE)
         _attempt(config, run_dir, number=1, resume_from=None)
 
@@ -58,15 +59,35 @@ def resume_run(config: RunConfig, run_dir: Path) -> None:
             raise RunError(f"{run_dir} has finished; see `gossamer report {run_dir}`")
         # 1 even where the first attempt died before it could say so: it may have claimed the log
         last = max((e["attempt"] for e in of_kind(events, "run_start")), default=1)
-        _attempt(config, run_dir, number=last + 1, resume_from=newest_checkpoint(run_dir))
+        resume_from = newest_checkpoint(run_dir, config.train.checkpoint.url)
+        _attempt(config, run_dir, number=last + 1, resume_from=resume_from)
 
 
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Folder of the checkpoint to resume from: latest attempt, then latest step."""
-    from gossamer.trainer.checkpoint import list_checkpoints
+def newest_checkpoint(run_dir: Path, url: str | None = None, step: int | None = None) -> str | None:
+    """URL of the checkpoint to resume from: latest attempt, then latest step (or this step)."""
+    from gossamer.trainer.checkpoint import list_checkpoints, resume_order
+    from gossamer.trainer.saving import checkpoint_root
 
-    found = list_checkpoints(run_dir / "checkpoints")
+    found = list_checkpoints(checkpoint_root(url, run_dir))
+    found = [url for url in found if step is None or resume_order(url)[1] == step]
     return found[-1] if found else None
+
+
+def _clear_checkpoints(config: RunConfig, run_dir: Path, overwrite: bool) -> None:
+    """A new run would go on from another's checkpoints where it finds them."""
+    from gossamer.trainer.checkpoint import list_checkpoints, list_unfinished
+    from gossamer.trainer.checkpoint_writer import remove_checkpoint
+    from gossamer.trainer.saving import checkpoint_root
+
+    root = checkpoint_root(config.train.checkpoint.url, run_dir)
+    found = list_checkpoints(root) + list_unfinished(root)
+    if found and not overwrite:
+        raise RunError(
+            f"{root} holds another run's checkpoints; expected an empty checkpoint.url, or"
+            " --overwrite to delete them"
+        )
+    for url in found:
+        remove_checkpoint(url)
 
 
 @contextmanager
@@ -102,7 +123,7 @@ def _empty(run_dir: Path) -> None:
             path.unlink()
 
 
-def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: Path | None) -> None:
+def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: str | None) -> None:
     with _quiet_console(run_dir) as console:
         events = EventLog(run_dir)
         display = LiveDisplay(run_dir, console=_rich_console(console))
@@ -124,7 +145,7 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: Path | 
 
 
 def _run_on_ray(
-    config: RunConfig, run_dir: Path, number: int, resume_from: Path | None, display: LiveDisplay
+    config: RunConfig, run_dir: Path, number: int, resume_from: str | None, display: LiveDisplay
 ) -> None:
     import ray
     from gossamer.launch.cluster import connect

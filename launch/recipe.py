@@ -75,6 +75,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if placement.path is not None:
         placement = replace(placement, path=str(Path(placement.path).absolute()))
         train = replace(train, parallel=replace(train.parallel, placement=placement))
+    if train.checkpoint.url is not None and "://" not in train.checkpoint.url:
+        root = str(Path(train.checkpoint.url).absolute())
+        train = replace(train, checkpoint=replace(train.checkpoint, url=root))
     return replace(config, train=train)
 
 

@@ -27,6 +27,7 @@ FIELDS = {
     "engine": ("engine", "what"),
     "eval": ("name", "step"),
     "checkpoint": ("step",),
+    "checkpoint_torn": ("reason",),
     "audit": ("engine", "version", "equal"),
 }
 """What a line of each kind must hold to be counted; other kinds pass through unread."""

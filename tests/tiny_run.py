@@ -41,7 +41,8 @@ SETTINGS = {
         {"name": "warm_start", "kind": "next_token", "max_steps": 6, "lr": 0.01},
         {"name": "rl", "kind": "grpo", "max_steps": 5, "lr": 0.01},
     ],
-    "checkpoint": {"every_steps": 2, "keep_last": 20},
+    # written before the next step: tests kill runs and say where they go on
+    "checkpoint": {"every_steps": 2, "keep_last": 20, "asynchronous": False},
     "metrics": {"wandb_mode": "disabled"},
 }
 

@@ -1,196 +1,191 @@
-"""Checkpoints: the whole training state by logical name, written whole or not at all.
+"""Checkpoints, read: which are whole, and any rows of the training state by logical name.
 
-The one idea: each rank writes the rows it owns under (kind, name, first row); nothing in a file
-says which rank held what, so any topology can read any checkpoint. A folder counts once its
-manifest, with the hash of every shard, has been renamed into place with it.
+The one idea: files hold rows under (kind, name, first row) and nothing says which rank held what,
+so any topology reads any checkpoint; the manifest says where in which file each row lies, so a rank
+reads the bytes of its own rows and no others. A checkpoint exists once it has a manifest.
 
-Layout: CHECKPOINTS/step-00000040-e0001/{manifest.json, shard-00000.safetensors, ...}, e = the
-writer epoch of the run that wrote it.
+ROOT/step-00000040-e0001.begun         there may be files of it (e: the writer epoch of the run)
+ROOT/step-00000040-e0001/manifest.json the commit (checkpoint_writer.py)
+                        /shard-00000.json, shard-00000-00000.safetensors, ...  of each rank
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
-import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from gossamer.comm.store import open_store
 from gossamer.parallel.engine import Owned
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-FOLDER = re.compile(r"step-(\d{8})-e(\d{4})")
-RNG_KEY = "rng"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MANIFEST, BEGUN = "manifest.json", ".begun"
+NAME = re.compile(r"step-(\d{8,})-e(\d{4,})")
+DTYPES = {"F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
+"""What a file may hold, by safetensors' names."""
+RNG, MASTER, MOMENTS = "rng", "master", ("exp_avg", "exp_avg_sq")
+READ_BYTES = 16 << 20
 
 
-def write_checkpoint(
-    root: Path, step: int, epoch: int, owned: Iterable[Owned], state: dict[str, Any]
-) -> tuple[Path, int]:
-    """Writes one checkpoint; every rank calls this. Returns its folder and its bytes on disk.
-
-    state: JSON, the same on every rank (rank 0's is kept).
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    final = root / f"step-{step:08d}-e{epoch:04d}"
-    temporary = root / f".{final.name}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-
-    tensors: dict[str, Tensor] = {f"{RNG_KEY}|{rank}|0": torch.get_rng_state()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for rows in owned:
-        shapes[rows.name] = rows.shape
-        for kind, values in {"master": rows.master, **rows.moments}.items():
-            tensors[f"{kind}|{rows.name}|{rows.row_start}"] = values.contiguous()
-    shard = temporary / _shard_name(rank)
-    save_file(tensors, shard, metadata={"shapes": json.dumps(shapes)})
-    _fsync(shard)
-
-    digests = torch.zeros(world_size, 33, dtype=torch.int64)
-    digests[rank, 0] = shard.stat().st_size
-    digests[rank, 1:] = torch.tensor(list(_digest(shard)))
-    dist.all_reduce(digests)
-    num_bytes = int(digests[:, 0].sum())
-    if rank == 0:
-        shards = {
-            _shard_name(r): {"bytes": row[0], "sha256": bytes(row[1:]).hex()}
-            for r, row in enumerate(digests.tolist())
-        }
-        manifest = temporary / "manifest.json"
-        manifest.write_text(json.dumps({"step": step, "epoch": epoch, "shards": shards, **state}))
-        _fsync(manifest)
-        _fsync(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _fsync(root)
-    dist.barrier()
-    return final, num_bytes
+def list_checkpoints(root: str | Path) -> list[str]:
+    """URLs of the checkpoints with a manifest, the one to resume from last: by epoch, then step."""
+    return _found(root)[0]
 
 
-def list_checkpoints(root: Path) -> list[Path]:
-    """Checkpoints that were written whole, the one to resume from last: by epoch, then step."""
-    if not root.is_dir():
-        return []
-    found = [(FOLDER.fullmatch(path.name), path) for path in root.iterdir()]
-    keyed = [((int(m[2]), int(m[1])), path) for m, path in found if m is not None]
-    return [path for _, path in sorted(keyed)]
+def list_unfinished(root: str | Path) -> list[str]:
+    """URLs of what was begun and has no manifest: being written, cut off or half removed."""
+    return _found(root)[1]
 
 
-def prune_checkpoints(root: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last` checkpoints, and what was left half written."""
-    for path in [*root.glob(".step-*"), *list_checkpoints(root)[:-keep_last]]:
-        shutil.rmtree(path, ignore_errors=True)
+def _found(root: str | Path) -> tuple[list[str], list[str]]:
+    try:
+        store = open_store(root)
+    except FileNotFoundError:
+        return [], []
+    begun = [name.removesuffix(BEGUN) for name in store.list("step-") if name.endswith(BEGUN)]
+    found: tuple[list[str], list[str]] = [], []
+    for name in sorted(filter(NAME.fullmatch, begun), key=resume_order):
+        is_whole = store.size(f"{name}/{MANIFEST}") is not None
+        found[0 if is_whole else 1].append(f"{str(root).rstrip('/')}/{name}")
+    return found
+
+
+def resume_order(url: str) -> tuple[int, int]:
+    """(epoch, step): a later attempt went on from wherever it did, whatever was written before."""
+    found = NAME.fullmatch(url.rpartition("/")[2])
+    if found is None:
+        raise ValueError(f"{url} is not a checkpoint; expected a name such as step-00000040-e0001")
+    return int(found[2]), int(found[1])
 
 
 class Checkpoint:
-    """A checkpoint on disk, read by rows. `state` is what write_checkpoint was given, and more.
+    """A checkpoint in any store, read by rows. `state` is what the writer was given, and more.
 
-    Raises FileNotFoundError or ValueError, naming the file, for a shard that is missing, of another
-    length or of other bytes, and for a tensor with rows that no shard holds.
+    Raises FileNotFoundError without a manifest; ValueError, naming the file, for one that was
+    changed, and for a tensor with rows that no file holds. Of the other files it reads nothing:
+    `verify` does.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        path = folder / "manifest.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; expected a checkpoint written by gossamer")
+    def __init__(self, url: str | Path) -> None:
+        self.url = str(url)
         try:
-            self.state: dict[str, Any] = json.loads(path.read_text())
-            shards = {
-                folder / name: (described["bytes"], described["sha256"])
-                for name, described in self.state["shards"].items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a checkpoint manifest: {error}") from error
-        self._places: dict[str, list[tuple[int, int, Path]]] = {}
+            self._store = open_store(url)
+            text = self._store.get(MANIFEST)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{url}/{MANIFEST} is missing; expected a checkpoint written by gossamer"
+            ) from None
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.rng: dict[int, Tensor] = {}
-        for path, (num_bytes, sha256) in shards.items():
-            self._index(path, num_bytes, sha256)
+        self._files: dict[str, dict[str, Any]] = {}
+        # (kind|name) -> (first row, row after the last, file, first byte, dtype) of each piece
+        self._places: dict[str, list[tuple[int, int, str, int, torch.dtype]]] = {}
+        try:
+            self.state: dict[str, Any] = json.loads(text)
+            if self.state.pop("sha256") != manifest_digest(self.state):
+                raise ValueError("its content has another hash")
+            for shard in self.state.pop("shards"):
+                self._index(shard)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{url}/{MANIFEST} is not a checkpoint manifest: {error}") from error
         self._refuse_holes()
 
     @property
     def step(self) -> int:
         return int(self.state["step"])
 
+    def verify(self, part: int = 0, num_parts: int = 1, kind: str = "") -> None:
+        """Hashes every num_parts-th file from `part` on, or of these those of one kind of rows.
+
+        Raises FileNotFoundError or ValueError naming the file that is not as it was written.
+        """
+        for name in sorted(self._files)[part::num_parts]:
+            described = self._files[name]
+            if kind and kind not in {key.partition("|")[0] for key in described["tensors"]}:
+                continue
+            size = self._store.size(name)
+            if size is None:
+                raise FileNotFoundError(f"checkpoint file {self.url}/{name} is missing")
+            if size != described["bytes"] or self._digest(name, size) != described["sha256"]:
+                raise self._changed(name)
+
     def read(self, name: str, row_start: int, row_stop: int) -> Owned:
-        """Rows [row_start, row_stop) of masters and moments, from whichever shards hold them."""
+        """Rows [row_start, row_stop) of masters and moments, from whichever files hold them."""
+        moments = {k: self.rows(name, row_start, row_stop, k) for k in self._moments(name)}
+        master = self.rows(name, row_start, row_stop)
+        return Owned(name, self.shapes[name], row_start, row_stop, master, moments)
+
+    def rows(self, name: str, row_start: int, row_stop: int, kind: str = MASTER) -> Tensor:
+        """Rows of one kind alone. Raises ValueError for a tensor or row that is not there."""
         if name not in self.shapes:
-            raise ValueError(f"{self.folder} holds no tensor {name}; it is of another model")
+            raise ValueError(f"{self.url} holds no tensor {name}; it is of another model")
         if row_stop > self.shapes[name][0]:
             raise ValueError(
-                f"{self.folder} holds {name} of shape {self.shapes[name]}, which has no row"
+                f"{self.url} holds {name} of shape {self.shapes[name]}, which has no row"
                 f" {row_stop - 1}; it is of another model"
             )
-        kinds = ["master", *(k for k in MOMENTS if f"{k}|{name}" in self._places)]
-        values = {kind: self._rows(f"{kind}|{name}", row_start, row_stop) for kind in kinds}
-        master = values.pop("master")
-        return Owned(name, self.shapes[name], row_start, row_stop, master, values)
+        return self._rows(f"{kind}|{name}", self.shapes[name][1:], row_start, row_stop)
 
-    def _rows(self, key: str, row_start: int, row_stop: int) -> Tensor:
-        parts = []
-        for start, stop, path in self._places[key]:
+    def rng(self, rank: int) -> Tensor | None:
+        """The state of a rank's generator; None where there was no such rank."""
+        key = f"{RNG}|{rank}"
+        return self._rows(key, (), 0, self._places[key][-1][1]) if key in self._places else None
+
+    def _moments(self, name: str) -> list[str]:
+        return [kind for kind in MOMENTS if f"{kind}|{name}" in self._places]
+
+    def _rows(self, key: str, width: tuple[int, ...], row_start: int, row_stop: int) -> Tensor:
+        pieces = []
+        for start, stop, file, offset, dtype in self._places[key]:
             low, high = max(start, row_start), min(stop, row_stop)
             if low < high:
-                with safe_open(path, framework="pt") as shard:
-                    parts.append(shard.get_slice(f"{key}|{start}")[low - start : high - start])
-        return torch.cat(parts)
+                skipped = (low - start) * math.prod(width) * dtype.itemsize
+                pieces.append(self._tensor(file, offset + skipped, (high - low, *width), dtype))
+        return torch.cat(pieces)
 
-    def _index(self, path: Path, num_bytes: int, sha256: str) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"checkpoint file {path} is missing")
-        if path.stat().st_size != num_bytes or _digest(path).hex() != sha256:
-            raise ValueError(f"checkpoint file {path} does not have the bytes that were written")
-        try:
-            with safe_open(path, framework="pt") as shard:
-                shapes = json.loads(shard.metadata()["shapes"])
-                self.shapes |= {name: tuple(shape) for name, shape in shapes.items()}
-                for key in shard.keys():  # noqa: SIM118
-                    kind, name, start = key.split("|")
-                    if kind == RNG_KEY:
-                        self.rng[int(name)] = shard.get_tensor(key)
-                        continue
-                    rows = shard.get_slice(key).get_shape()[0]
-                    place = (int(start), int(start) + rows, path)
-                    self._places.setdefault(f"{kind}|{name}", []).append(place)
-        except SafetensorError as error:
-            raise ValueError(f"checkpoint file {path} is not safetensors: {error}") from error
+    def _tensor(self, file: str, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        data = bytearray(self._store.get(file, offset, offset + nbytes))
+        if len(data) != nbytes:
+            raise self._changed(file)
+        return torch.frombuffer(data, dtype=dtype).view(shape)
+
+    def _index(self, shard: dict[str, Any]) -> None:
+        self.shapes |= {name: tuple(shape) for name, shape in shard["shapes"].items()}
+        self._files |= shard["files"]
+        for file, described in shard["files"].items():
+            for key, (dtype, shape, offset) in described["tensors"].items():
+                kind_and_name, _, start = key.rpartition("|")
+                place = (int(start), int(start) + shape[0], file, offset, DTYPES[dtype])
+                self._places.setdefault(kind_and_name, []).append(place)
 
     def _refuse_holes(self) -> None:
         for key, places in self._places.items():
-            places.sort()
+            kind, _, name = key.partition("|")
+            places.sort(key=lambda place: place[0])
             covered = 0
-            for start, stop, _ in places:
+            for start, stop, *_ in places:
                 if start != covered:
                     break
                 covered = stop
-            if covered != self.shapes[key.split("|")[1]][0]:
-                raise ValueError(f"{self.folder}: rows {covered}.. of {key} are in no shard")
+            if kind != RNG and covered != self.shapes[name][0]:
+                raise ValueError(f"{self.url}: rows {covered}.. of {key} are in no shard")
+
+    def _digest(self, name: str, size: int) -> str:
+        digest = hashlib.sha256()
+        for start in range(0, size, READ_BYTES):
+            digest.update(self._store.get(name, start, min(start + READ_BYTES, size)))
+        return digest.hexdigest()
+
+    def _changed(self, name: str) -> ValueError:
+        return ValueError(
+            f"checkpoint file {self.url}/{name} does not have the bytes that were written"
+        )
 
 
-def _shard_name(rank: int) -> str:
-    return f"shard-{rank:05d}.safetensors"
-
-
-def _digest(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def manifest_digest(fields: dict[str, Any]) -> str:
+    """Hash of a manifest's fields, itself apart."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -70,6 +70,10 @@ class ModelConfig:
         )
 
 
+CHECKPOINT_SCHEMES = ("file", "s3", "gs", "az")
+"""Stores that are written to and outlive a cluster."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
     """When the whole training state is written, and how many are kept."""
@@ -78,11 +82,21 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end of a phase."""
     keep_last: int = 2
     """Older checkpoints are removed once this many newer ones are whole."""
+    asynchronous: bool = True
+    """True writes beside the next steps, from a copy in host memory; False writes before them."""
+    url: str | None = None
+    """A folder, or s3://, gs:// or az:// of this run's own; None is RUN_DIR/checkpoints."""
 
     def __post_init__(self) -> None:
         for name in ("every_steps", "keep_last"):
             value = getattr(self, name)
             _require(value >= 1, f"checkpoint.{name} is {value}; expected at least 1")
+        scheme, mark, _ = (self.url or "").partition("://")
+        _require(
+            self.url != "" and (not mark or scheme in CHECKPOINT_SCHEMES),
+            f"checkpoint.url is {self.url!r}; expected a folder or one of"
+            f" {', '.join(f'{scheme}://' for scheme in CHECKPOINT_SCHEMES)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

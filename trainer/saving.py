@@ -1,15 +1,17 @@
 """What a run saves and puts back: its whole state as a checkpoint, and a session from one.
 
-The one idea: `Progress`, the engine's rows, the routing biases and the data position are the whole
-state; the rest is rebuilt from the config.
+The one idea: the step pays for a copy to host memory; a thread of each rank writes it, and whether
+it is done is asked by the step, in a collective at a place that is the same on every rank.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,24 @@ import torch
 import torch.distributed as dist
 from gossamer.comm.log import WeightLog
 from gossamer.parallel.engine import Engine, Owned
+from gossamer.parallel.gather import gather_texts
 from gossamer.trainer.checkpoint import (
     Checkpoint,
     list_checkpoints,
+    list_unfinished,
+    resume_order,
+)
+from gossamer.trainer.checkpoint_writer import (
+    BackgroundWrite,
+    Target,
     prune_checkpoints,
-    write_checkpoint,
+    take_snapshot,
 )
 from gossamer.trainer.config import CheckpointConfig
 from gossamer.trainer.model import MoEModel
 from gossamer.trainer.moe.diversify import diversified
 
-CHECKPOINTS = "checkpoints"
+WAIT_S = 0.02
 
 
 @dataclass(slots=True)
@@ -65,35 +74,78 @@ class Progress:
         self.phase_step = self.phase_skips = 0
 
 
+def checkpoint_root(url: str | None, run_dir: Path) -> str:
+    """Where a run's checkpoints are, if its config says `checkpoint.url`."""
+    return url or str(run_dir / "checkpoints")
+
+
+def open_whole(newest: str | Path) -> tuple[Checkpoint, dict[str, str]]:
+    """The newest whole checkpoint up to `newest`, and by URL what is wrong with later ones.
+
+    A collective call: each rank hashes its share of the files. Raises ValueError where none is
+    whole; what was begun and never committed is told of, and is no fault.
+    """
+    root, limit = str(newest).rpartition("/")[0], resume_order(str(newest))
+    listed = [url for url in list_checkpoints(root) if resume_order(url) <= limit]
+    candidates = json.loads(gather_texts(json.dumps(listed))[0])  # rank 0's, as one list for all
+    torn: dict[str, str] = {}
+    for url in reversed(candidates):
+        found, fault = None, ""
+        try:
+            found = Checkpoint(url)
+            found.verify(dist.get_rank(), dist.get_world_size())
+        except (ValueError, FileNotFoundError) as error:
+            fault = str(error)
+        faults = [*filter(None, map(json.loads, gather_texts(json.dumps(fault))))]
+        if found is not None and not faults:
+            later = (u for u in list_unfinished(root) if resume_order(u) > resume_order(url))
+            return found, torn | {u: f"{u} was begun and never finished" for u in later}
+        torn[url] = faults[0]
+    raise ValueError(f"no checkpoint in {root} is whole: {'; '.join(torn.values()) or newest}")
+
+
 class Saver:
     """Saves and restores one rank of a run; every rank has one and makes the same calls."""
 
     def __init__(
         self,
         config: CheckpointConfig,
-        run_dir: Path,
+        root: str,
         epoch: int,
         engine: Engine,
         model: MoEModel,
         log: WeightLog,
+        on_saved: Callable[[dict[str, Any]], None],
+        torn: tuple[str, ...] = (),
     ) -> None:
-        self._config, self._root, self._epoch = config, run_dir / CHECKPOINTS, epoch
+        """`on_saved` gets what the `checkpoint` event says, on every rank, once it is committed."""
+        self._config, self._root, self._epoch = config, root, epoch
         self._engine, self._model, self._log = engine, model, log
+        self._on_saved, self._torn = on_saved, torn
+        self._write: BackgroundWrite | None = None
+        self._event: dict[str, Any] = {}
+        self._saved: tuple[Progress, str] | None = None
 
     def is_due(self, step: int) -> bool:
         return step % self._config.every_steps == 0
 
-    def save(self, progress: Progress, data: dict[str, Any] | None, version: int | None) -> dict:
-        """Writes the whole state; returns what the `checkpoint` event says.
+    def save(self, progress: Progress, data: dict[str, Any] | None, version: int | None) -> None:
+        """Copies the whole state and begins to write it; waits for an earlier write first.
 
         Raises RuntimeError, as a stale writer, when a later attempt has begun.
         """
+        self.wait()
+        if self._saved and self._saved[0] == progress:
+            return  # nothing was learned since
+        self._refuse_stale()
         start_s = time.perf_counter()
-        if self._log.is_superseded(self._epoch):
-            raise RuntimeError(
-                f"this is writer epoch {self._epoch} of the run, but a later one has begun;"
-                " nothing was written"
-            )
+        target = Target(
+            root=self._root,
+            step=progress.step,
+            epoch=self._epoch,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+        )
         state = {
             "progress": asdict(progress),
             "num_updates": self._engine.num_updates,
@@ -101,11 +153,51 @@ class Saver:
             "log": {"version": version},
         }
         owned = chain(self._engine.owned(with_moments=True), self.buffers())
-        _, num_bytes = write_checkpoint(self._root, progress.step, self._epoch, owned, state)
-        if dist.get_rank() == 0:
-            prune_checkpoints(self._root, self._config.keep_last)
-        write_s = time.perf_counter() - start_s
-        return {"step": progress.step, "version": version, "bytes": num_bytes, "write_s": write_s}
+        snapshot = take_snapshot(owned, target.rank)
+        self._event = {
+            "step": progress.step,
+            "version": version,
+            "snapshot_s": time.perf_counter() - start_s,
+        }
+        self._saved = Progress(**asdict(progress)), target.url
+        prune = partial(
+            prune_checkpoints, self._root, self._config.keep_last, target.url, self._torn
+        )
+        # as text, now: the step will move what it describes
+        self._write = BackgroundWrite(
+            target, snapshot, json.dumps(state), self._refuse_stale, prune
+        )
+        self._write.start()
+        if not self._config.asynchronous:
+            self.wait()
+
+    def poll(self) -> None:
+        """Looks whether the write in flight is done on every rank. A collective call.
+
+        Raises RuntimeError on every rank, in one sentence, when it failed on any.
+        """
+        write = self._write
+        if write is None:
+            return
+        is_writing = write.is_alive()  # before its error: that is the last thing a thread sets
+        flags = torch.tensor([int(is_writing), int(write.error is not None)])
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        is_writing, is_failed = map(bool, flags.tolist())
+        if is_failed:
+            write.abandon()
+            told = next(filter(None, map(json.loads, gather_texts(json.dumps(write.fault)))))
+            raise RuntimeError(
+                f"the checkpoint of step {self._event['step']} was not written: {told}"
+            ) from write.error
+        if not is_writing:
+            self._write = None
+            self._on_saved(self._event | {"bytes": write.num_bytes, "write_s": write.write_s})
+
+    def wait(self) -> None:
+        """Returns once the write in flight, if any, is committed. A collective call; see poll."""
+        while self._write is not None:
+            self._write.join(WAIT_S)
+            self.poll()
 
     def buffers(self) -> Iterator[Owned]:
         """Routing biases: alike on every rank, and the first rank's."""
@@ -120,17 +212,26 @@ class Saver:
         expected = self._model.num_parameters()[0] + sum(b.numel() for b in buffers.values())
         if held != expected:
             raise ValueError(
-                f"{checkpoint.folder} holds {held} parameters; expected {expected} as in the model"
+                f"{checkpoint.url} holds {held} parameters; expected {expected} as in the model"
             )
         self._engine.write(checkpoint.read, checkpoint.state["num_updates"])
         for name, values in buffers.items():
-            values.copy_(checkpoint.read(name, 0, len(values)).master)
-        if dist.get_rank() in checkpoint.rng:
-            torch.set_rng_state(checkpoint.rng[dist.get_rank()])
+            values.copy_(checkpoint.rows(name, 0, len(values)))
+        rng = checkpoint.rng(dist.get_rank())
+        if rng is not None:
+            torch.set_rng_state(rng)
         return Progress(**checkpoint.state["progress"])
 
     def diversify(self, masked_share: float, seed: int) -> None:
-        """Copies the one expert trained so far to all, from the checkpoint just saved."""
-        whole = Checkpoint(list_checkpoints(self._root)[-1])
-        read = diversified(whole.read, masked_share, seed)
+        """Copies the one expert trained so far to all, from the checkpoint last saved."""
+        self.wait()
+        assert self._saved is not None, "save() comes first"
+        read = diversified(Checkpoint(self._saved[1]).read, masked_share, seed)
         self._engine.write(read, self._engine.num_updates)
+
+    def _refuse_stale(self) -> None:
+        if self._log.is_superseded(self._epoch):
+            raise RuntimeError(
+                f"this is writer epoch {self._epoch} of the run, but a later one has begun;"
+                " no checkpoint was committed"
+            )

@@ -22,7 +22,6 @@ from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.batch import TokenBatch
-from gossamer.trainer.checkpoint import Checkpoint
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data.mixture import task_source
 from gossamer.trainer.evaluate import greedy_exact_match, heldout_loss
@@ -36,7 +35,7 @@ from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokeniz
 from gossamer.trainer.proof import trainer_state_hash
 from gossamer.trainer.replacement import LivePlacement
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
-from gossamer.trainer.saving import Progress, Saver
+from gossamer.trainer.saving import Progress, Saver, checkpoint_root, open_whole
 from gossamer.trainer.step.determinism import be_deterministic
 from gossamer.trainer.step.flops import measured_peak
 from gossamer.trainer.step.profile import StepProfiler
@@ -50,8 +49,8 @@ class RunPlace:
     run_dir: Path
     name: str
     attempt: int = 1
-    resume_from: Path | None = None
-    """Checkpoint folder to go on from."""
+    resume_from: str | None = None
+    """URL of the checkpoint to go on from, or where it is torn from the one before."""
 
 
 class Session:
@@ -70,7 +69,7 @@ class Session:
         self._published: Published | None = None
         self._on_checkpoint = on_checkpoint
         self._is_first_rank = dist.get_rank() == 0
-        checkpoint = Checkpoint(place.resume_from) if place.resume_from else None
+        checkpoint, self._torn = open_whole(place.resume_from) if place.resume_from else (None, {})
 
         tokenizer = load_run_tokenizer(place.run_dir)
         problems = load_problems(place.run_dir) if config.task else None
@@ -90,11 +89,7 @@ class Session:
         self._live_placement = LivePlacement(config.parallel, self._experts, self.dims)
         self._log = WeightLog.open(place.run_dir / LOG_FOLDER, run_id=place.name)
         self._epoch = self._claim_epoch()
-        key = config.log.signing_key_path
-        signer = Signer.from_file(key) if key else None
-        self._publisher = Publisher(
-            self._log, self.dims.rank, self.dims.world_size, self._epoch, config.log, signer
-        )
+        self._publisher = self._build_publisher()
         data_state = checkpoint.state["data"] if checkpoint else None
         self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
@@ -102,14 +97,31 @@ class Session:
         self._clock_s = self._wait_s = self._lr = 0.0
         self._heldout: dict[str, TokenBatch] = {}
         self._open_books()
-        self._saver = Saver(
-            config.checkpoint, place.run_dir, self._epoch, self.engine, self.model, self._log
-        )
+        self._saver = self._build_saver()
         if config.parallel.placement.path is not None:
             moved = self._experts.place_file(Path(config.parallel.placement.path))
             self._event("placement", reason="file", is_moved=True, **moved)
         if checkpoint:
             self.progress = self._saver.restore(checkpoint)
+
+    def _build_publisher(self) -> Publisher:
+        key, dims = self.config.log.signing_key_path, self.dims
+        signer = Signer.from_file(key) if key else None
+        return Publisher(
+            self._log, dims.rank, dims.world_size, self._epoch, self.config.log, signer
+        )
+
+    def _build_saver(self) -> Saver:
+        return Saver(
+            self.config.checkpoint,
+            checkpoint_root(self.config.checkpoint.url, self.place.run_dir),
+            self._epoch,
+            self.engine,
+            self.model,
+            self._log,
+            self._on_saved,
+            tuple(self._torn),
+        )
 
     # --- the loop's steps -----------------------------------------------------------------------
 
@@ -141,6 +153,8 @@ class Session:
             peak_source="measured" if is_measured else "config",
             step=self.progress.step,
         )
+        for url, reason in self._torn.items():
+            self._event("checkpoint_torn", checkpoint=url, reason=reason, step=self.progress.step)
         phase = self.phase()
         if phase is not None and phase.kind == "grpo" and self.progress.phase_step:
             self.publish(phase)
@@ -160,7 +174,8 @@ class Session:
         self._clock_s = time.perf_counter()
 
     def update(self, phase: PhaseConfig) -> UpdateResult:
-        """Draws the next batch and learns from it."""
+        """Draws the next batch and learns from it. Raises what a checkpoint's write raised."""
+        self._saver.poll()
         gate = self.config.model.moe.dense_to_sparse
         is_evomoe = self.config.model.router == "dense_to_sparse"
         is_due = 0 < gate.diversify_steps == self.engine.num_updates
@@ -287,15 +302,18 @@ class Session:
             self._measure_heldout()
         self.progress.end_phase()
         self.checkpoint()
+        self._saver.wait()
 
     def is_checkpoint_due(self) -> bool:
         return self._saver.is_due(self.progress.step)
 
     def checkpoint(self) -> None:
-        """Writes the whole state. Refuses, as a stale writer, when a later attempt has begun."""
-        saved = self._saver.save(self.progress, self._feed.state(), self.version)
+        """Begins to write the whole state. Refuses when a later attempt has begun."""
+        self._saver.save(self.progress, self._feed.state(), self.version)
+
+    def _on_saved(self, saved: dict[str, Any]) -> None:
         self._event("checkpoint", **saved)
-        self._on_checkpoint(self.progress.step)
+        self._on_checkpoint(saved["step"])
 
     def finish(self) -> None:
         """Has every engine, if there are any, prove that it holds the trainer's own last bits."""

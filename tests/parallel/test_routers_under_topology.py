@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from gloo_world import run_world
 from gossamer.parallel.config import DispatchConfig, ParallelConfig
-from gossamer.parallel.dims import build_dims
+from gossamer.parallel.dims import ParallelDims, build_dims
+from gossamer.parallel.engine import Engine
 from gossamer.trainer.batch import TokenBatch
-from gossamer.trainer.checkpoint import Checkpoint, write_checkpoint
+from gossamer.trainer.checkpoint import Checkpoint
+from gossamer.trainer.checkpoint_writer import Target, take_snapshot, write_checkpoint
 from gossamer.trainer.config import DataConfig, ModelConfig, OptimConfig, PhaseConfig, TrainConfig
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.config import DenseToSparseConfig, GrowingKConfig, MoEConfig
@@ -101,17 +104,22 @@ def train_on(router: str, data: int, expert: int, folder: str) -> dict:
     }
 
 
+def saved(root: Path, epoch: int, engine: Engine, dims: ParallelDims) -> Checkpoint:
+    target = Target(root=str(root), step=1, epoch=epoch, rank=dims.rank, world_size=dims.world_size)
+    write_checkpoint(target, take_snapshot(engine.owned(with_moments=True), dims.rank), "{}")
+    dist.barrier()
+    return Checkpoint(target.url)
+
+
 def diversify(data: int, expert: int, folder: str) -> dict:
     """Expert 0 is trained for a step, then copied; whole tensors before and after, and a loss."""
     moe = MoEConfig(dense_to_sparse=DenseToSparseConfig(diversify_steps=1, masked_share=0.25))
     model, engine, dims, config = build("dense_to_sparse", moe, data, expert)
     first = update(model, engine, dims, fixed_batch(), 1e-2, config)
     root = Path(folder, f"diversified-{data}x{expert}")
-    owned = engine.owned(with_moments=True)
-    before = Checkpoint(write_checkpoint(root, 1, 1, owned, {})[0])
+    before = saved(root, 1, engine, dims)
     engine.write(diversified(before.read, 0.25, seed=5), engine.num_updates)
-    owned = engine.owned(with_moments=True)
-    after = Checkpoint(write_checkpoint(root, 1, 2, owned, {})[0])
+    after = saved(root, 2, engine, dims)
     second = update(model, engine, dims, fixed_batch(), 1e-2, config)
     names = [name for name in before.shapes if name.startswith("model.layers.1.mlp")]
     tensors = {}
