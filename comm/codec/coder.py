@@ -176,6 +176,29 @@ def code_symbols(out, count, words, data):
 
 
 @compiled
+def code_blocks(
+    old, block_size, positions, edges, after, lengths, table, shape, class_of, steps, order,
+    cumulative, out, words, scratch, data, ends,
+):  # fmt: skip
+    """Codes the changes [edges[i], edges[i + 1]) of each block i, one behind the other into `data`;
+    `ends` says where each stops. `words` and `scratch` are the same bytes."""
+    filled = np.int64(0)
+    for block in range(len(ends)):
+        first, last = edges[block], edges[block + 1]
+        if last > first:
+            lo = block * block_size
+            symbols = list_symbols(
+                old, lo, min(lo + block_size, len(old)), positions[first:last], after[first:last],
+                lengths, table, shape, class_of, steps, order, cumulative, out,
+            )  # fmt: skip
+            begin = np.int64(code_symbols(out, symbols, words, scratch))
+            size = len(scratch) - begin
+            data[filled : filled + size] = scratch[begin:]
+            filled += size
+        ends[block] = filled
+
+
+@compiled
 def refilled(state, data, at):
     """The state and the place in `data` after reading as many words as it takes."""
     while state < u64(LOW) and at + 1 < len(data):

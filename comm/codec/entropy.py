@@ -8,15 +8,15 @@ surprises. The loops are in coder.py, the format in wire.py.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from gossamer.comm.codec.coder import (
     BAD_END,
     BAD_STEP,
     TOO_MANY,
-    code_symbols,
+    code_blocks,
     decode_block,
-    list_symbols,
 )
 from gossamer.comm.codec.elements import class_of_prefix, element_shape
 from gossamer.comm.codec.hazard import CUMULATIVE, GUIDE, LENGTHS
@@ -25,6 +25,8 @@ from gossamer.comm.codec.lanes import Line, build_line
 from gossamer.comm.run import Model, Run, WireError
 
 KEPT_SYMBOLS = 1 << 17
+# 36 bits at most
+SYMBOL_BYTES = 5
 FAULTS = {
     TOO_MANY: "holds more changes than its table says",
     BAD_STEP: "holds a step that leaves the dtype",
@@ -39,8 +41,8 @@ class EntropyCodec:
         """`zstd_level` is for codecs that use zstd; this one does not."""
         self._kept = _symbols(0)
 
-    def _room(self, num_symbols: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Arrays for so many symbols, the same ones for most blocks; large ones are not kept."""
+    def _room(self, num_symbols: int) -> tuple[np.ndarray, ...]:
+        """Room for so many symbols of a block, the same for most; large ones are not kept."""
         if num_symbols > KEPT_SYMBOLS:
             return _symbols(num_symbols)
         if num_symbols > len(self._kept[0]):
@@ -53,36 +55,32 @@ class EntropyCodec:
         """See Codec.encode; `run` has a model that can code these changes."""
         assert run.model is not None
         line, rows, steps = _tables(run.model, run.dtype)
-        size = run.block_rows * run.row_elements
-        edges = np.searchsorted(positions, np.arange(1, run.num_blocks) * size)
-        payloads, first = [], 0
-        for index, last in enumerate([*edges.tolist(), len(positions)]):
-            lo, hi = index * size, min((index + 1) * size, run.num_elements)
-            count = last - first
-            if count == 0:
-                payloads.append(b"")
-                continue
-            # at most four symbols a change, and one a word
-            out = self._room(4 * count + (hi - lo) // 4 + 2)
-            symbols = list_symbols(
-                old,
-                lo,
-                hi,
-                positions[first:last],
-                after[first:last],
-                *line,
-                rows,
-                steps,
-                element_shape(run.dtype)[1:],
-                CUMULATIVE,
-                out,
-            )
-            # a symbol is 36 bits at most
-            words = np.empty(5 * symbols // 2 + 8, np.uint16)
-            data = words.view(np.uint8)
-            payloads.append(data[code_symbols(out, symbols, words, data) :].tobytes())
-            first = last
-        return payloads
+        size, blocks = run.block_rows * run.row_elements, run.num_blocks
+        edges = np.searchsorted(positions, np.arange(blocks + 1) * size)
+        # at most four symbols a change, and one a word
+        words_of_block = min(size, run.num_elements) // 4 + 2
+        *out, words = self._room(4 * int(np.diff(edges).max()) + words_of_block)
+        symbols = 4 * len(positions) + blocks * words_of_block
+        data, ends = np.empty(SYMBOL_BYTES * symbols, np.uint8), np.empty(blocks, np.int64)
+        code_blocks(
+            old,
+            size,
+            positions,
+            edges,
+            after,
+            *line,
+            rows,
+            steps,
+            element_shape(run.dtype)[1:],
+            CUMULATIVE,
+            tuple(out),
+            words,
+            words.view(np.uint8),
+            data,
+            ends,
+        )
+        starts = [0, *ends.tolist()]
+        return [data[a:b].tobytes() for a, b in pairwise(starts)]
 
     def decode(self, run: Run, old: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """See Codec.decode."""
@@ -114,8 +112,10 @@ class EntropyCodec:
         return found
 
 
-def _symbols(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.empty(number, np.int64), np.empty(number, np.int64), np.empty(number, np.uint8)
+def _symbols(number: int) -> tuple[np.ndarray, ...]:
+    """Starts, sizes and scales of symbols, and 16-bit words to code them into."""
+    words = np.empty(SYMBOL_BYTES * number // 2 + 8, np.uint16)
+    return np.empty(number, np.int64), np.empty(number, np.int64), np.empty(number, np.uint8), words
 
 
 @lru_cache(maxsize=256)

@@ -79,29 +79,41 @@ def step_symbol(zigzag):
 
 
 @compiled
-def count_steps(before, after, shift, sign, kind, class_of, counts):
-    """Adds the changes `before` -> `after` to counts [class, step symbol]."""
-    for at in range(len(before)):
-        symbol, _, _ = step_symbol(zigzag_step(before[at], after[at], sign, kind))
-        counts[class_of[u64(before[at] >> shift)], symbol] += 1
+def class_range(bits, shift, class_of):
+    """The lowest and the highest class in `bits`, at least one."""
+    first = last = class_of[u64(bits[0] >> shift)]
+    for at in range(1, len(bits)):
+        row = class_of[u64(bits[at] >> shift)]
+        first, last = min(first, row), max(last, row)
+    return first, last
 
 
 @compiled
-def plain_bits(elements, steps):
+def count_steps(before, after, shift, sign, kind, class_of, first, counts):
+    """Adds the changes `before` -> `after` to counts [class - first, step symbol]."""
+    for at in range(len(before)):
+        symbol, _, _ = step_symbol(zigzag_step(before[at], after[at], sign, kind))
+        counts[class_of[u64(before[at] >> shift)] - first, symbol] += 1
+
+
+@compiled
+def plain_bits(elements, first, steps):
     """(changes, elements, bits) of coding positions at each class's own rate and step symbols at
-    one rate for all; `elements` [class], `steps` [class, step symbol]."""
+    one rate for all; `elements` [class], `steps` [class - first, step symbol]."""
     changed, total, bits = np.int64(0), np.int64(0), 0.0
     by_step = np.zeros(steps.shape[1], np.int64)
     for row in range(len(elements)):
+        total += elements[row]
+    for row in range(len(steps)):
         count = np.int64(0)
         for symbol in range(steps.shape[1]):
             count += steps[row, symbol]
             by_step[symbol] += steps[row, symbol]
         changed += count
-        total += elements[row]
-        for some in (count, elements[row] - count):
+        of_class = elements[first + row]
+        for some in (count, of_class - count):
             if some > 0:
-                bits += some * np.log2(elements[row] / some)
+                bits += some * np.log2(of_class / some)
     for symbol in range(len(by_step)):
         if by_step[symbol] > 0:
             extra = max(0, symbol - DIRECT_STEPS)

@@ -34,7 +34,7 @@ def choose(counts: Counts, dense_nbytes: int, link_mbit: float | None) -> Choice
 
     `dense_nbytes` is what the run took when it was last sent whole.
     """
-    changed, num_elements, bits = plain_bits(counts.elements, counts.steps)
+    changed, num_elements, bits = plain_bits(counts.elements, counts.first, counts.steps)
     entropy = int(bits / 8) + 2
     nbytes = {
         "entropy": entropy,

@@ -18,6 +18,7 @@ from gossamer.comm.codec.kernels import (
     DIRECT_STEPS,
     NUM_STEP_SYMBOLS,
     STEP_BITS,
+    class_range,
     count_prefixes,
     count_steps,
 )
@@ -35,11 +36,24 @@ class Counts:
 
     elements: np.ndarray
     """Old values, int64 [class]."""
+    first: int
+    """The lowest class that `steps` tells of."""
     steps: np.ndarray
-    """Changes, int64 [class, step symbol]."""
+    """Changes, int64 [class - first, step symbol]; other classes have none."""
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.elements + other.elements, self.steps + other.steps)
+        first = min(self.first, other.first)
+        stop = max(each.first + len(each.steps) for each in (self, other))
+        steps = np.zeros((stop - first, NUM_STEP_SYMBOLS), np.int64)
+        for each in (self, other):
+            steps[each.first - first :][: len(each.steps)] += each.steps
+        return Counts(self.elements + other.elements, first, steps)
+
+    def changed(self) -> np.ndarray:
+        """Changes, int64 [class]."""
+        changed = np.zeros(len(self.elements), np.int64)
+        changed[self.first : self.first + len(self.steps)] = self.steps.sum(axis=1)
+        return changed
 
 
 def count_elements(old: np.ndarray, dtype: str) -> np.ndarray:
@@ -49,20 +63,24 @@ def count_elements(old: np.ndarray, dtype: str) -> np.ndarray:
     return np.bincount(class_of_prefix(dtype), prefixes, num_classes(dtype)).astype(np.int64)
 
 
-def count_changes(before: np.ndarray, after: np.ndarray, dtype: str) -> np.ndarray:
-    """Changes in each class by step symbol, int64 [class, step symbol]."""
-    counts = np.zeros((num_classes(dtype), NUM_STEP_SYMBOLS), np.int64)
-    count_steps(before, after, *element_shape(dtype), class_of_prefix(dtype), counts)
-    return counts
+def count_changes(
+    elements: np.ndarray, before: np.ndarray, after: np.ndarray, dtype: str
+) -> Counts:
+    """Counts of at least one change `before` -> `after` among old values `elements`, [class]."""
+    shift, classes = element_shape(dtype)[0], class_of_prefix(dtype)
+    first, last = class_range(before, shift, classes)
+    steps = np.zeros((last + 1 - first, NUM_STEP_SYMBOLS), np.int64)
+    count_steps(before, after, *element_shape(dtype), classes, first, steps)
+    return Counts(elements, first, steps)
 
 
 def build_model(counts: Counts) -> Model:
     """The model that codes changes like these in the fewest bits, its table entry kept short."""
-    changed = counts.steps.sum(axis=1)
-    active = np.flatnonzero(changed)
+    changed = counts.changed()
     below = np.cumsum(changed)
+    last = int(np.flatnonzero(changed)[-1])
     first = int(np.searchsorted(below, below[-1] * MERGED_SHARE, "right"))
-    first, last = min(first, int(active[-1])), int(active[-1])
+    first = min(first, last)
     elements, steps = _merged(counts, first, last + 1)
     changed = steps.sum(axis=1)
     return Model(
@@ -76,7 +94,7 @@ def build_model(counts: Counts) -> Model:
 def coded_bits(counts: Counts, model: Model) -> float:
     """Bits that `model` needs for `counts`; infinite where it cannot code them."""
     stop = model.first + len(model.counts)
-    if counts.steps[stop:].any():
+    if counts.steps[max(stop - counts.first, 0) :].any():
         return np.inf
     elements, steps = _merged(counts, model.first, stop)
     changed = steps.sum(axis=1)
@@ -88,9 +106,14 @@ def coded_bits(counts: Counts, model: Model) -> float:
 
 def _merged(counts: Counts, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Old values and changes of classes [first, stop), lower ones counted as the first."""
-    elements, steps = counts.elements[first:stop].copy(), counts.steps[first:stop].copy()
+    elements = counts.elements[first:stop].copy()
     elements[0] += counts.elements[:first].sum()
-    steps[0] += counts.steps[:first].sum(axis=0)
+    steps = np.zeros((stop - first, NUM_STEP_SYMBOLS), np.int64)
+    below = min(max(first - counts.first, 0), len(counts.steps))
+    steps[0] = counts.steps[:below].sum(axis=0)
+    rest = counts.steps[below : max(stop - counts.first, 0)]
+    at = counts.first + below - first
+    steps[at : at + len(rest)] += rest
     return elements, steps
 
 

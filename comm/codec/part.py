@@ -181,7 +181,7 @@ class PartEncoder:
                 continue
             assert change.counts is not None
             base.elements += count_elements(change.after, dtype)
-            base.elements -= change.counts.steps.sum(axis=1)
+            base.elements -= change.counts.changed()
             base.bits[change.positions] = change.after
             base.dense_nbytes = sizes.get(key, base.dense_nbytes)
             if base.on_device is not None:
@@ -202,7 +202,7 @@ class PartEncoder:
             positions, before, after = found
         if len(positions) == 0:
             return None
-        counts = Counts(base.elements, count_changes(before, after, run.dtype))
+        counts = count_changes(base.elements, before, after, run.dtype)
         gain = hash_change(run_seed(run), positions, before, after)
         return _Change(run, positions, after, counts, gain)
 
