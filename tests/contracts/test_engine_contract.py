@@ -216,8 +216,42 @@ def go_through_everything(
     engine.write(rows_in(other_layout), num_updates=1)
     seen["from_other_layout"], seen["losses_from_other_layout"] = world.snapshot(), world.losses(2)
     engine.write(masters, num_updates=1)
-    seen |= refusals(world, masters)
+    seen["before_moving"] = world.snapshot()
+    seen |= moves(world) | refusals(world, masters)
     return seen
+
+
+def moves(world: World) -> dict:
+    """Experts 0 and 3 change places, which are on two ranks where there are two; then back."""
+    per_rank = E // world.dims.expert
+
+    def segments(experts: list[int]) -> list[dict]:
+        parts = [experts[i : i + per_rank] for i in range(0, E, per_rank)]
+        return [
+            {
+                name: [
+                    (n, tuple(v.shape))
+                    for n, v in logical_views([(name, p)], 0, "", {"mlp.experts": part}).items()
+                ]
+                for name, p in world.model.named_parameters()
+            }
+            for part in parts
+        ]
+
+    now, then, lost = (segments(ids) for ids in ([0, 1, 2, 3], [3, 1, 2, 0], [3, 1, 2, 4]))
+    weights, before = world.weights(), world.snapshot()
+    errors = []
+    for wrong in ((now, lost), (then, now)):
+        with pytest.raises(ValueError) as raised:
+            world.engine.move(*wrong)
+        errors.append(str(raised.value))
+    seen = {"move_errors": errors, "changed_by_no_move": different(before, world.snapshot())}
+    seen["sent_to_others"] = world.engine.move(now, then)
+    seen["after_moving"] = world.snapshot()
+    seen["weights_that_stayed"] = sorted(weights.keys() - different(weights, world.weights()))
+    world.engine.move(then, now)
+    changed = different(before, world.snapshot()) + different(weights, world.weights())
+    return seen | {"changed_by_moving_back": changed}
 
 
 def refusals(world: World, read: Callable[[str, int, int], Owned]) -> dict:
@@ -375,6 +409,19 @@ def test_the_norm_is_that_before_clipping(ranks, writer, layout):
     clipped, free = whole(ranks, "clipped"), whole(ranks, "after_one")
     quarter = {k: v / 4 for k, v in free.items() if k.startswith("exp_avg|")}
     assert_close({k: clipped[k] for k in quarter}, quarter, CLOSE[layout[3]])
+
+
+def test_what_moves_keeps_its_name_and_its_bits(ranks, layout):
+    assert different(whole(ranks, "before_moving"), whole(ranks, "after_moving")) == []
+    for rank in ranks:
+        assert rank["changed_by_no_move"] == rank["changed_by_moving_back"] == []
+        assert all(error and "\n" not in error for error in rank["move_errors"])
+        moved = {f"mlp.experts.{e}." for e in (0, 3)}
+        stayed = {n for n in rank["initial"] if not any(n.startswith(m) for m in moved)}
+        assert set(rank["weights_that_stayed"]) == stayed
+    # a state of three numbers an element, of an expert each way
+    if layout[1] == 2:
+        assert [rank["sent_to_others"] for rank in ranks] == [3 * 4 * 3 * F * D] * 2
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_on_any_rank(ranks):
