@@ -36,6 +36,12 @@ def add_place_command(command: argparse.ArgumentParser) -> None:
         help="whose bytes; docs/placement.md says what makes each real (default: two_level)",
     )
     command.add_argument(
+        "--sources",
+        choices=("even", "seen"),
+        default="even",
+        help="which rank holds a token: any, as with shuffled data, or that of the trace",
+    )
+    command.add_argument(
         "--slack",
         type=float,
         metavar="SHARE",
@@ -73,6 +79,7 @@ def run_place(arguments: argparse.Namespace) -> None:
         topology,
         objective=arguments.objective or ("bytes" if topology.nodes > 1 else "balance"),
         dispatch=arguments.dispatch,
+        sources=arguments.sources,
         row_bytes=arguments.row_bytes,
         slack=arguments.slack,
     )

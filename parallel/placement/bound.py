@@ -9,7 +9,7 @@ Shapes: E experts, R ranks, N nodes, c = E / R experts of a rank.
 from __future__ import annotations
 
 import numpy as np
-from gossamer.parallel.placement.costs import Floats, linear_costs, once_cost
+from gossamer.parallel.placement.costs import Floats, linear_costs, once_cost, token_sets
 from gossamer.parallel.placement.kernels import assign
 from gossamer.parallel.placement.problem import Problem
 from numpy.typing import NDArray
@@ -56,8 +56,7 @@ def bytes_bound(problem: Problem, layer: int) -> float:
     best = _least(cost_ER)
     if not once or nodes == 1:
         return best
-    off_NE, both_NEE = _off_node(problem, layer)
-    most = int((problem.sets[layer].expert_UK >= 0).sum(1).max(initial=1))
+    off_NE, both_NEE, most = _off_node(problem, layer)
     flat_NE = both_NEE.sum(2)
     choices: list[tuple[float, Floats, Floats, float]] = []
     # y'y is known, so a diagonal may be added: none, or one that makes all rows' sums equal
@@ -112,23 +111,22 @@ def _least(cost_ER: Floats) -> float:
     return float(cost_ER[np.arange(experts), rank_E].sum())
 
 
-def _off_node(problem: Problem, layer: int) -> tuple[Floats, Floats]:
-    """For each node, of the tokens of all others: those of each expert [N, E], and of each two
-    [N, E, E], 0 on the diagonal."""
+def _off_node(problem: Problem, layer: int) -> tuple[Floats, Floats, int]:
+    """For each node, of the tokens it does not spare: those of each expert [N, E], and of each two
+    [N, E, E], 0 on the diagonal; and the most experts of a token."""
     nodes, experts = problem.topology.nodes, problem.experts
-    sets = problem.sets[layer]
-    home_U = sets.source_U // problem.topology.ranks_per_node
-    own_NEE = np.zeros((nodes, experts, experts))
-    for node in range(nodes):
-        at = home_U == node
+    expert_UK, home_U, count_U = token_sets(problem, layer)
+    own_NEE = np.zeros((nodes + 1, experts, experts))
+    for home in np.unique(home_U):
+        at = home_U == home
         chosen_UE = np.zeros((at.sum(), experts + 1))
-        np.put_along_axis(chosen_UE, sets.expert_UK[at].astype(np.int64), 1, axis=1)
+        np.put_along_axis(chosen_UE, expert_UK[at], 1, axis=1)
         chosen_UE = chosen_UE[:, :experts]
-        own_NEE[node] = (chosen_UE * sets.count_U[at, None]).T @ chosen_UE
-    off_NEE = own_NEE.sum(0) - own_NEE
+        own_NEE[home] = (chosen_UE * count_U[at, None]).T @ chosen_UE
+    off_NEE = own_NEE.sum(0) - own_NEE[:nodes]
     off_NE = np.einsum("nee->ne", off_NEE).copy()
     np.einsum("nee->ne", off_NEE)[...] = 0
-    return off_NE, off_NEE
+    return off_NE, off_NEE, int((expert_UK >= 0).sum(1).max(initial=1))
 
 
 def _shared_spread(both_NEE: Floats, diagonal_NE: Floats) -> float:
@@ -141,6 +139,8 @@ def _shared_spread(both_NEE: Floats, diagonal_NE: Floats) -> float:
 def _own_spread(both_NEE: Floats, diagonal_NE: Floats) -> float:
     """Sum over nodes of v'(B - M) v."""
     nodes, experts, _ = both_NEE.shape
+    if (both_NEE == both_NEE[0]).all() and (diagonal_NE == diagonal_NE[0]).all():
+        return 0.0
     mean_EE, mean_E = both_NEE.mean(0), diagonal_NE.mean(0)
     own = [
         float(_eigenvalues(b_EE - mean_EE + np.diag(d_E - mean_E))[0])

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 from gossamer.parallel.placement.eplb import rebalance
-from gossamer.parallel.placement.problem import DISPATCHES, Problem
-from gossamer.parallel.placement.score import INDEX_BYTES
+from gossamer.parallel.placement.problem import DISPATCHES, INDEX_BYTES, Problem
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 def linear_costs(problem: Problem, layer: int) -> Floats:
@@ -31,12 +31,41 @@ def linear_costs(problem: Problem, layer: int) -> Floats:
     elif per_pair:
         across_bytes += INDEX_BYTES
     each_RR = far * across_bytes * across_RR + near * 4 * row * in_node_RR
+    if problem.sources == "even":
+        return np.outer(problem.load_LE[layer], each_RR.mean(0))
     return problem.source_LRE[layer].T @ each_RR
 
 
 def once_cost(problem: Problem) -> float:
-    """What each (token, other node with an expert of its) costs."""
-    return problem.topology.costs[1] * problem.row_bytes * DISPATCHES[problem.dispatch].per_node
+    """What each (token, node with an expert of its) costs, for the nodes that token_sets leaves."""
+    cost = problem.topology.costs[1] * problem.row_bytes * DISPATCHES[problem.dispatch].per_node
+    return cost * (1 - 1 / problem.topology.nodes) if problem.sources == "even" else cost
+
+
+def token_sets(problem: Problem, layer: int) -> tuple[Ints, Ints, Ints]:
+    """expert_UK, home_U and count_U: tokens that go together, and the node they need not travel to.
+
+    Where sources are even no node is spared (home N), and once_cost is that much less.
+    """
+    sets, topology = problem.sets[layer], problem.topology
+    home_U = sets.source_U // topology.ranks_per_node
+    if problem.sources == "even":
+        home_U = np.full_like(home_U, topology.nodes)
+    rows = np.column_stack([home_U, sets.expert_UK])
+    distinct_U, where_U = np.unique(rows, axis=0, return_inverse=True)
+    count_U = np.bincount(where_U.ravel(), sets.count_U, len(distinct_U)).astype(np.int64)
+    return np.ascontiguousarray(distinct_U[:, 1:]), distinct_U[:, 0].copy(), count_U
+
+
+def once_rows(problem: Problem, layer: int, rank_E: Ints) -> int:
+    """How often once_cost is paid: (token, node) for the nodes that are not spared."""
+    expert_UK, home_U, count_U = token_sets(problem, layer)
+    nodes = problem.topology.nodes
+    node_E = np.append(rank_E // problem.topology.ranks_per_node, nodes + 1)  # -1: a spare slot
+    goes_UN = np.zeros((len(home_U), nodes + 2), np.int64)
+    np.put_along_axis(goes_UN, node_E[expert_UK], 1, axis=1)
+    np.put_along_axis(goes_UN, home_U[:, None], 0, axis=1)
+    return int((goes_UN[:, :nodes].sum(1) * count_U).sum())
 
 
 def link_costs(problem: Problem) -> Floats:

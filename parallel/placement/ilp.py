@@ -15,11 +15,17 @@ from dataclasses import dataclass
 import highspy
 import numpy as np
 from gossamer.parallel.placement.bound import balance_bound
-from gossamer.parallel.placement.costs import Floats, linear_costs, link_costs, once_cost
+from gossamer.parallel.placement.costs import (
+    Floats,
+    Ints,
+    linear_costs,
+    link_costs,
+    once_cost,
+    token_sets,
+)
 from gossamer.parallel.placement.problem import Problem
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-Ints = NDArray[np.int64]
 INFINITY = highspy.kHighsInf
 
 
@@ -132,28 +138,29 @@ def bytes_ilp(
     """
     ranks, per_node = problem.topology.ranks, problem.topology.ranks_per_node
     nodes, once = problem.topology.nodes, once_cost(problem)
-    sets, load_E = problem.sets[layer], problem.load_LE[layer]
+    load_E = problem.load_LE[layer]
     model = Model()
     x_ER = model.add_columns((problem.experts, ranks), linear_costs(problem, layer))
     _hold(model, x_ER)
     model.add_rows(x_ER.T, load_E, -INFINITY, float(limit))
     start = [_marked(start_E, ranks).ravel()]
     if once and nodes > 1:
-        home_UN = (sets.source_U // per_node)[:, None] == np.arange(nodes)
-        cost_UN = once * sets.count_U[:, None] * ~home_UN
+        expert_UK, home_U, count_U = token_sets(problem, layer)
+        home_UN = home_U[:, None] == np.arange(nodes)
+        cost_UN = once * count_U[:, None] * ~home_UN
         z_UN = model.add_columns(home_UN.shape, cost_UN, whole=False)
         node_E = start_E // per_node
         goes_UN = np.zeros(home_UN.shape)
-        for k in range(sets.expert_UK.shape[1]):
-            u = (sets.expert_UK[:, k] >= 0).nonzero()[0]
-            expert_u = sets.expert_UK[u, k]
+        for k in range(expert_UK.shape[1]):
+            u = (expert_UK[:, k] >= 0).nonzero()[0]
+            expert_u = expert_UK[u, k]
             goes_UN[u, node_E[expert_u]] = 1
             for node in range(nodes):
                 on_node = x_ER[:, node * per_node : (node + 1) * per_node]
                 rows = np.column_stack([z_UN[u, node], on_node[expert_u]])
                 model.add_rows(rows, [1.0] + [-1.0] * per_node, 0.0, INFINITY)
         # a node has room for so many experts; whoever has more goes to more nodes
-        need_U = np.ceil((sets.expert_UK >= 0).sum(1) / (problem.experts // nodes))
+        need_U = np.ceil((expert_UK >= 0).sum(1) / (problem.experts // nodes))
         model.add_rows(z_UN, 1.0, need_U, INFINITY)
         start.append(goes_UN.ravel())
     found = model.solve(np.concatenate(start), time_limit_s, gap)

@@ -16,13 +16,19 @@ from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import numpy as np
-from gossamer.parallel.placement.costs import Floats, linear_costs, link_costs, once_cost
+from gossamer.parallel.placement.costs import (
+    Floats,
+    Ints,
+    linear_costs,
+    link_costs,
+    once_cost,
+    once_rows,
+    token_sets,
+)
 from gossamer.parallel.placement.kernels import anneal, assign, swap_linear
 from gossamer.parallel.placement.problem import Problem
 from gossamer.parallel.placement.score import rank_loads
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
 PROPOSALS_PER_PAIR = 30
 """Swaps proposed in an annealing, for each pair of experts."""
 HOT, COLD = 0.5, 0.002
@@ -89,33 +95,21 @@ def _search_layer(
 
 def _sets_problem(problem: Problem, layer: int, limit: int):  # noqa: ANN202
     """What the kernel `anneal` takes, and the value of a rank_E in its units."""
-    topology, sets = problem.topology, problem.sets[layer]
-    once = once_cost(problem)
-    rows = np.column_stack([sets.source_U // topology.ranks_per_node, sets.expert_UK])
-    distinct_U, where_U = np.unique(rows, axis=0, return_inverse=True)
-    count_U = np.bincount(where_U.ravel(), sets.count_U, len(distinct_U)).astype(np.int64)
-    expert_UK = np.ascontiguousarray(distinct_U[:, 1:], dtype=np.int64)
-    home_U = np.ascontiguousarray(distinct_U[:, 0], dtype=np.int64)
+    once, cost_ER = once_cost(problem), linear_costs(problem, layer)
+    expert_UK, home_U, count_U = token_sets(problem, layer)
     set_U, slot_K = (expert_UK >= 0).nonzero()
     expert_P = expert_UK[set_U, slot_K]
     order_P = np.argsort(expert_P, kind="stable")
     first_E = np.searchsorted(expert_P[order_P], np.arange(problem.experts + 1))
-    cost_ER = linear_costs(problem, layer)
     load_E = np.ascontiguousarray(problem.load_LE[layer])
     parts = (
-        *(cost_ER, once, load_E, limit, topology.ranks_per_node),
+        *(cost_ER, once, load_E, limit, problem.topology.ranks_per_node),
         *(expert_UK, home_U, count_U, first_E, set_U[order_P]),
     )
 
     def value_of(rank_E: Ints) -> float:
         linear = float(cost_ER[np.arange(len(rank_E)), rank_E].sum())
-        if not once:
-            return linear
-        node_E = np.append(rank_E // topology.ranks_per_node, topology.nodes)
-        goes_UN = np.zeros((len(home_U), topology.nodes + 1), np.int64)
-        np.put_along_axis(goes_UN, node_E[expert_UK], 1, axis=1)
-        np.put_along_axis(goes_UN, home_U[:, None], 0, axis=1)
-        return linear + once * float((goes_UN[:, :-1].sum(1) * count_U).sum())
+        return linear + once * once_rows(problem, layer, rank_E) if once else linear
 
     return parts, value_of
 

@@ -18,6 +18,9 @@ from gossamer.parallel.placement.trace import Trace
 from numpy.typing import NDArray
 
 OBJECTIVES = ("balance", "bytes")
+SOURCES = ("even", "seen")
+INDEX_BYTES = 4
+"""Of a pair's position, which crosses beside the rows (two_level)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,9 @@ class Problem:
     """Of a hidden state: hidden size x bytes of an element."""
     objective: str = "balance"
     dispatch: str = "two_level"
+    sources: str = "even"
+    """Whose tokens the objective counts: `even` = any rank is as likely to hold a token, as with
+    shuffled data; `seen` = where the trace had them: noise, unless data is dealt by kind."""
     slack: float | None = None
     """When bytes are minimised, a rank may have this share more pairs than the best balance found
     leaves on the busiest; None = as many as EPLB leaves there."""
@@ -118,6 +124,8 @@ class Problem:
             raise ValueError(
                 f"problem.dispatch is {self.dispatch}; expected one of {tuple(DISPATCHES)}"
             )
+        if self.sources not in SOURCES:
+            raise ValueError(f"problem.sources is {self.sources}; expected one of {SOURCES}")
         if self.slack is not None and self.slack < 0:
             raise ValueError(f"problem.slack is {self.slack}; expected 0 or more")
         layers, experts = self.load_LE.shape
@@ -175,6 +183,7 @@ def build_problem(
     *,
     objective: str = "balance",
     dispatch: str = "two_level",
+    sources: str = "even",
     row_bytes: int = 1,
     slack: float | None = None,
     expert_bytes: int = 0,
@@ -187,7 +196,7 @@ def build_problem(
     """
     source_T = _sources(trace, topology.ranks)
     experts, ranks = trace.num_experts, topology.ranks
-    loads, sources, together, flows, sets = [], [], [], [], []
+    loads, by_source, together, flows, sets = [], [], [], [], []
     before_TE: NDArray[np.float32] | None = None
     for expert_TK in trace.expert_LTK:
         chosen_TE = _chosen(expert_TK, experts)
@@ -200,14 +209,14 @@ def build_problem(
             flows.append((before_TE.T @ chosen_TE).round().astype(np.int64))
         before_TE = chosen_TE
         loads.append(source_RE.sum(0))
-        sources.append(source_RE)
+        by_source.append(source_RE)
         together.append(both_EE)
         sets.append(_token_sets(expert_TK, source_T))
     return Problem(
         topology=topology,
         layers=trace.layers,
         load_LE=np.stack(loads),
-        source_LRE=np.stack(sources),
+        source_LRE=np.stack(by_source),
         together_LEE=np.stack(together),
         flow_LEE=np.stack(flows) if flows else np.zeros((0, experts, experts), np.int64),
         sets=tuple(sets),
@@ -215,6 +224,7 @@ def build_problem(
         row_bytes=row_bytes,
         objective=objective,
         dispatch=dispatch,
+        sources=sources,
         slack=slack,
         expert_bytes=expert_bytes,
         memory_bytes=memory_bytes,

@@ -12,12 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from gossamer.parallel.placement.costs import linear_costs, once_cost, once_rows
 from gossamer.parallel.placement.placement import Placement
-from gossamer.parallel.placement.problem import DISPATCHES, Problem, Topology
+from gossamer.parallel.placement.problem import DISPATCHES, INDEX_BYTES, Problem, Topology
 from numpy.typing import NDArray
-
-INDEX_BYTES = 4
-"""Of a pair's position, which crosses beside the rows (two_level)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -32,7 +30,7 @@ class Score:
     across_bytes: int
     value: float
     """Of the problem's objective: the busiest ranks' pairs, summed over layers, or the bytes times
-    the cost of their link."""
+    the cost of their link, as expected when sources are even."""
 
     @property
     def max_over_mean(self) -> float:
@@ -66,8 +64,15 @@ def score(problem: Problem, placement: Placement) -> Score:
     across = int(total_RR[is_across_RR].sum())
     in_node = int(total_RR.sum()) - across
     near, far = problem.topology.costs
-    busiest = float(load_LR.max(1).sum())
-    value = busiest if problem.objective == "balance" else near * in_node + far * across
+    value = float(load_LR.max(1).sum())
+    if (
+        problem.objective == "bytes"
+        and problem.sources == "even"
+        and problem.dispatch != "resident"
+    ):
+        value = sum(_expected_cost(problem, layer, r) for layer, r in enumerate(rank_LE))
+    elif problem.objective == "bytes":
+        value = near * in_node + far * across
     return Score(
         load_LR=load_LR,
         bytes_LRR=bytes_LRR,
@@ -75,6 +80,12 @@ def score(problem: Problem, placement: Placement) -> Score:
         across_bytes=across,
         value=value,
     )
+
+
+def _expected_cost(problem: Problem, layer: int, rank_E: NDArray[np.int64]) -> float:
+    """Cost of a layer's bytes when every rank is as likely to hold a token."""
+    linear = linear_costs(problem, layer)[np.arange(len(rank_E)), rank_E].sum()
+    return float(linear) + once_cost(problem) * once_rows(problem, layer, rank_E)
 
 
 def rank_loads(

@@ -37,6 +37,7 @@ def random_problem(seed: int, shape: tuple[int, int, int], **more) -> Problem:  
     experts, nodes, per_node = shape
     trace = random_trace(seed, experts, 1 + seed % 3, more.pop("layers", 1))
     topology = Topology(nodes=nodes, ranks_per_node=per_node, in_node_cost=more.pop("near", None))
+    more.setdefault("sources", ("even", "seen")[seed % 2])
     return build_problem(trace, topology, row_bytes=8, **more)
 
 

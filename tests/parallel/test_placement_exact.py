@@ -1,5 +1,6 @@
 """Exact methods against brute force; bounds never above the best placement."""
 
+from dataclasses import replace
 from itertools import permutations, product
 
 import numpy as np
@@ -93,7 +94,9 @@ def test_no_placement_is_below_the_bound_of_flows(seed, shape, near):
 @few
 @given(seeds, shapes, st.sampled_from(HOME_DISPATCHES), st.sampled_from([None, 0.5]))
 def test_bytes_are_a_linear_part_and_tokens_to_nodes(seed, shape, dispatch, near):
-    problem = random_problem(seed, shape, objective="bytes", dispatch=dispatch, near=near)
+    problem = random_problem(
+        seed, shape, objective="bytes", dispatch=dispatch, near=near, sources="seen"
+    )
     ranks, per_node = problem.topology.ranks, problem.topology.ranks_per_node
     rank_E = np.array(tables(problem.experts, ranks)[seed % 6])
     value = linear_costs(problem, 0)[np.arange(problem.experts), rank_E].sum()
@@ -102,8 +105,23 @@ def test_bytes_are_a_linear_part_and_tokens_to_nodes(seed, shape, dispatch, near
     value += once_cost(problem) * tokens_RN.sum()
     found = score(problem, from_ranks(rank_E[None], ranks))
     assert found.value == pytest.approx(value)
+    # with even sources the value is the mean over whose tokens they are
+    means = [
+        score(replace(problem, **moved_sources(problem, by)), from_ranks(rank_E[None], ranks)).value
+        for by in range(ranks)
+    ]
+    even = score(replace(problem, sources="even"), from_ranks(rank_E[None], ranks))
+    assert even.value == pytest.approx(np.mean(means))
+    assert even.across_bytes == found.across_bytes
     if dispatch == "summed":  # a row for each (token, other node), there and back, twice
         assert found.across_bytes == 4 * 8 * tokens_RN.sum()
+
+
+def moved_sources(problem, by: int) -> dict:
+    """The same tokens on ranks that are `by` further."""
+    ranks = problem.topology.ranks
+    sets = tuple(replace(s, source_U=(s.source_U + by) % ranks) for s in problem.sets)
+    return {"sets": sets, "source_LRE": np.roll(problem.source_LRE, by, axis=1)}
 
 
 @few
