@@ -98,7 +98,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     placement.add_argument("--quick", action="store_true", help="few and small, about a minute")
     placement.add_argument("--traces", type=Path, metavar="DIR", help="keep recorded traces here")
     placement.set_defaults(run=_bench_placement)
-    table = benches.add_parser("table", help="the rows of `bench sync` as Markdown")
+    table = benches.add_parser("table", help="the rows of a benchmark as Markdown")
     table.add_argument("json", type=Path)
     table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")
     table.set_defaults(run=_bench_table)
@@ -193,13 +193,15 @@ def _bench_placement(arguments: argparse.Namespace) -> None:
 
 
 def _bench_table(arguments: argparse.Namespace) -> None:
-    from gossamer.launch.bench.table import put_table, render_table
+    from gossamer.launch.bench import placement_table, table
 
-    text = render_table(arguments.json)
+    is_placement = placement_table.COMMAND in arguments.json.read_text(errors="replace")[:9999]
+    bench = placement_table if is_placement else table
+    text = bench.render_table(arguments.json)
     if arguments.into is None:
         print(text)
     else:
-        put_table(arguments.into, text)
+        table.put_table(arguments.into, text, bench.BEGIN, bench.END)
 
 
 def _load_run(run_dir: Path):  # noqa: ANN202

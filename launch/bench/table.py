@@ -39,14 +39,16 @@ def render_table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def put_table(page: Path, table: str) -> None:
+def put_table(page: Path, table: str, begin_mark: str = BEGIN, end_mark: str = END) -> None:
     """Replaces what stands between the marks. Raises ValueError for a page without them."""
     text = page.read_text()
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
+    head, begin, rest = text.partition(begin_mark)
+    _, end, tail = rest.partition(end_mark)
     if not (begin and end):
-        raise ValueError(f"{page} has no lines {BEGIN} and {END} to put the table between")
-    page.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}")
+        raise ValueError(
+            f"{page} has no lines {begin_mark} and {end_mark} to put the table between"
+        )
+    page.write_text(f"{head}{begin}\n{table}\n{end}{tail}")
 
 
 def _summary(by_trace: dict[str, list[Row]], links: list[float | None]) -> list[str]:
