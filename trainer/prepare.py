@@ -15,7 +15,7 @@ from pathlib import Path
 from gossamer.comm.log import WeightLog
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.corpus import first_chars, read_documents
-from gossamer.trainer.data.reader import source_texts
+from gossamer.trainer.data.reader import build_reader, source_texts
 from gossamer.trainer.task import (
     Problem,
     TaskProblems,
@@ -36,7 +36,12 @@ SPLITS = ("train", "dev", "heldout")
 
 
 def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
-    """Makes problems.json (when there is a task), tokenizer.json and the weight log, if missing."""
+    """Makes problems.json (when there is a task), tokenizer.json and the weight log, if missing.
+
+    Raises ValueError for a task, tokenizer or data source that cannot be right.
+    """
+    for source in config.data.sources:
+        build_reader(source)  # rather now than on a rank
     run_dir.mkdir(parents=True, exist_ok=True)
     WeightLog.open(run_dir / LOG_FOLDER, run_id=name, create=True)
     texts: list[str] = []
@@ -90,7 +95,13 @@ def _prepare_tokenizer(config: TrainConfig, run_dir: Path, texts: list[str]) -> 
     else:
         tokenizer = train_tokenizer([*texts, *_corpus(config)], told)
     if told.chat_template is not None:
-        tokenizer.chat_template = Path(told.chat_template).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(told.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"tokenizer.chat_template: {told.chat_template} cannot be read; expected a Jinja"
+                f" template ({error})"
+            ) from error
     if tokenizer.chat_template is None and any(p.kind == "sft" for p in config.phases):
         if not tokenizer.is_own:
             raise ValueError(

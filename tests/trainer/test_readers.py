@@ -1,11 +1,15 @@
 """What is particular to one format: where bad input lies, patterns, cutting."""
 
 import json
+import tracemalloc
 
 import pytest
-from gossamer.trainer.data.config import SourceConfig
+from gossamer.trainer.config import TokenizerConfig
+from gossamer.trainer.data.config import DataConfig, SourceConfig
 from gossamer.trainer.data.reader import build_reader, find_files, source_texts
 from gossamer.trainer.data.readers import jsonl
+from gossamer.trainer.data.source import FileSource
+from gossamer.trainer.tokenizer import train_tokenizer
 
 
 def records(kind, path, **fields):
@@ -53,6 +57,27 @@ def test_a_pattern_chooses_files_and_names_are_relative(tmp_path):
     assert find_files(f"{tmp_path}/x/**/*.txt", ()) == (tmp_path / "x", ["a.txt", "y/b.txt"])
     assert find_files(str(tmp_path), (".md",)) == (tmp_path, ["x/y/c.md"])
     assert find_files(f"{tmp_path}/z/d.txt", ()) == (tmp_path / "z", ["d.txt"])
+
+
+def test_no_more_than_a_window_is_in_memory(tmp_path):
+    line = json.dumps({"text": "some words " * 90}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * 12_000)  # 12 MB
+    source = FileSource(
+        name="x",
+        share=1.0,
+        config=SourceConfig(kind="jsonl", path=str(tmp_path)),
+        data=DataConfig(seq_len=128, buffer_tokens=30_000),
+        tokenizer=train_tokenizer(["no merges"], TokenizerConfig(vocab_size=259)),
+    )
+    tracemalloc.start()
+    try:
+        stop = (0, 11_000)  # of the only block, near its end
+        while stop is not None:
+            stop = source.window(0, 0, stop).stop
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most_bytes < 6_000_000
 
 
 def test_texts_for_a_tokenizer_are_texts_or_what_is_said(tmp_path):
