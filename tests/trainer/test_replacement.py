@@ -13,12 +13,15 @@ from gossamer.parallel.placement.placement import Placement, contiguous, save_pl
 from gossamer.parallel.placement.problem import Topology, build_problem
 from gossamer.parallel.placement.score import count_bytes, score
 from gossamer.parallel.placement.trace import load_trace
+from gossamer.parallel.placement.worth import Speed
+from gossamer.trainer import replacement
 from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import DataConfig, ModelConfig, OptimConfig, PhaseConfig, TrainConfig
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.placement import PlacedExperts
+from gossamer.trainer.replacement import LivePlacement
 from gossamer.trainer.update import update
 
 E, LAYERS = 8, 2
@@ -48,9 +51,11 @@ def shuffled(seed: int, ranks: int, experts: int = E, layers: int = LAYERS) -> P
 
 
 def fixed_batch(seed: int, rows: int = 8, length: int = 12) -> TokenBatch:
+    """Each row has words of its own, so that experts have a place where they belong."""
     generator = torch.Generator().manual_seed(seed)
+    words_BS = torch.randint(0, 11, (rows, length), generator=generator)
     return TokenBatch(
-        token_ids_BS=torch.randint(4, 96, (rows, length), generator=generator),
+        token_ids_BS=8 + 11 * torch.arange(rows).unsqueeze(1) + words_BS,
         position_ids_BS=torch.arange(length).repeat(rows, 1),
         weights_BS=torch.ones(rows, length),
     )
@@ -106,9 +111,16 @@ class World:
 
 
 def train(folder: str, parallel: dict, dispatch: dict, model: dict, moves: dict[int, int]) -> dict:
-    """Four steps; before step s, experts move to the placement of seed moves[s]."""
+    """Four steps; before step s, experts move to the placement of seed moves[s], or where live
+    placement wants them if links are fast."""
     config = ParallelConfig(**parallel, dispatch=DispatchConfig(**dispatch))
-    world, steps, sent = World(config, **model), [], 0
+    world, steps, sent, decisions = World(config, **model), [], 0, []
+    live = LivePlacement(config, world.experts, world.dims)
+    live._speed = Speed(pair_s=1.0, bytes_per_s=1e9)
+    if config.placement.objective == "bytes":  # and the experts' state is nothing to send
+        live._speed, replacement.STATE_BYTES = Speed(pair_s=0.0, bytes_per_s=1.0), 0
+    if not config.placement.is_contiguous:
+        moves = {}
     trace = RoutingTrace(Path(folder), world.dims.rank, 4)
     for step in range(4):
         if step in moves:
@@ -116,17 +128,27 @@ def train(folder: str, parallel: dict, dispatch: dict, model: dict, moves: dict[
             then = shuffled(moves[step], now.ranks, now.experts, len(now.layers))
             sent += world.experts.place(then)["bytes"]
         steps.append(world.update(step, trace))
-    return {"steps": steps, "rows": world.rows(), "sent": sent}
+        decision = live.after_update(step + 1, steps[-1]["load"].tolist())
+        if decision is not None:
+            decisions.append(decision)
+            sent += decision.get("bytes", 0)
+    return {"steps": steps, "rows": world.rows(), "sent": sent, "decisions": decisions}
 
 
 def train_each(folder: str, cases: dict[str, list[dict]]) -> dict:
     """In each case: undisturbed, and with experts moved before the first step and twice later."""
     return {
         name: {
-            which: train(f"{folder}/{name}/{which}", *case, moves) for which, moves in RUNS.items()
+            which: train(f"{folder}/{name}/{which}", *_of(which, case), moves)
+            for which, moves in RUNS.items()
         }
         for name, case in cases.items()
     }
+
+
+def _of(which: str, case: list[dict]) -> list[dict]:
+    """The case, without live placement where experts are to stay."""
+    return case if which == "moved" else [case[0] | {"placement": PlacementConfig()}, *case[1:]]
 
 
 def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
@@ -167,9 +189,17 @@ def assert_each_same(folder: Path, world_size: int, cases: dict[str, list[dict]]
 def test_a_run_whose_experts_move_is_the_run_in_which_they_stay(tmp_path):
     """With a bias that follows the load, and pairs dropped at random."""
     drops = {"capacity_factor": 1.0, "drop_policy": "random"}
-    cases = {"EP=2 ZeRO-1": [{"expert": 2}, drops, {"router": "sigmoid_bias"}]}
+    live = {"expert": 2, "placement": PlacementConfig(every_steps=2)}
+    cases: dict[str, list[dict]] = {
+        "EP=2 ZeRO-1": [{"expert": 2}, drops, {"router": "sigmoid_bias"}],
+        "live": [live, {}, {}],
+    }
     ranks = assert_each_same(tmp_path, 2, cases)
     assert max(ranks[0]["EP=2 ZeRO-1"]["moved"]["steps"][0]["dropped"]) > 0
+    decisions = ranks[0]["live"]["moved"]["decisions"]
+    assert len(decisions) == 2 and decisions[0]["is_moved"]
+    assert decisions[0]["max_over_mean_after"] < decisions[0]["max_over_mean"]
+    assert decisions[0]["bytes"] > 0 and ranks[1]["live"]["moved"]["decisions"][0]["is_moved"]
 
 
 def test_so_it_is_on_four_ranks_and_bytes_are_those_foretold(tmp_path):
@@ -179,7 +209,13 @@ def test_so_it_is_on_four_ranks_and_bytes_are_those_foretold(tmp_path):
     cases: dict[str, list[dict]] = {"EP=2 DP=2 ZeRO-1": [{"expert": 2, "data": 2}, {}, odd]}
     for levels in (1, 2):
         cases[f"levels={levels}"] = [{"expert": 4}, {"levels": levels, "ranks_per_node": 2}, {}]
+    live = PlacementConfig(every_steps=2, objective="bytes")
+    cases["live"] = [{"expert": 4, "placement": live}, {"levels": 2, "ranks_per_node": 2}, {}]
     ranks = assert_each_same(tmp_path, 4, cases)
+    still, moved = (ranks[0]["live"][which] for which in RUNS)
+    assert moved["decisions"][0]["is_moved"]
+    across = [run["steps"][2]["bytes"][1] for run in (still, moved)]  # later on routing has changed
+    assert across[1] < across[0]
     topology = Topology(nodes=2, ranks_per_node=2)
     for name, dispatch in {"levels=1": "one_level", "levels=2": "two_level"}.items():
         found = set()
