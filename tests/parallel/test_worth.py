@@ -1,0 +1,69 @@
+"""A move is made when what it saves until the next chance is more than what it costs."""
+
+import numpy as np
+import pytest
+from gossamer.parallel.placement.placement import contiguous, from_ranks
+from gossamer.parallel.placement.problem import Problem, Topology, balance_problem
+from gossamer.parallel.placement.worth import Forecast, Speed, few_swaps, forecast, most_worth
+
+NOW = contiguous(2, 4, 2)
+BETTER = from_ranks([[0, 1, 0, 1], [0, 0, 1, 1]], 2)
+"""Layer 0: the two busy experts are apart."""
+
+
+def problem() -> Problem:
+    loads = np.array([[30, 30, 10, 10], [20, 20, 20, 20]])
+    return balance_problem(loads, Topology(nodes=1, ranks_per_node=2))
+
+
+def test_a_forecast_by_hand():
+    """60 -> 40 pairs on the busiest rank of layer 0; one expert each way of 100 bytes."""
+    found = forecast(problem(), NOW, BETTER, Speed(pair_s=0.5, bytes_per_s=20.0), 160.0, 100.0)
+    assert found == Forecast(saved_s=10.0, cost_s=5.0, moved_experts=2, busiest_bytes=100)
+    # with half of the pairs a step, a step saves half
+    half = forecast(problem(), NOW, BETTER, Speed(pair_s=0.5, bytes_per_s=20.0), 80.0, 100.0)
+    assert (half.saved_s, half.cost_s) == (5.0, 5.0)
+
+
+def test_it_pays_only_strictly_and_only_within_the_steps():
+    move = Forecast(saved_s=1.0, cost_s=10.0, moved_experts=1, busiest_bytes=1)
+    assert [move.pays_within(steps) for steps in (9, 10, 11)] == [False, False, True]
+    nothing = forecast(problem(), NOW, NOW, Speed(pair_s=1.0, bytes_per_s=1.0), 160.0, 100.0)
+    assert nothing == Forecast(saved_s=0.0, cost_s=0.0, moved_experts=0, busiest_bytes=0)
+    assert not nothing.pays_within(10**9)
+    back = forecast(problem(), BETTER, NOW, Speed(pair_s=1.0, bytes_per_s=1e12), 160.0, 100.0)
+    assert back.saved_s < 0 and not back.pays_within(10**9)
+
+
+def test_the_most_worth_of_several():
+    cheap = Forecast(saved_s=1.0, cost_s=1.0, moved_experts=2, busiest_bytes=1)
+    dear = Forecast(saved_s=1.5, cost_s=20.0, moved_experts=9, busiest_bytes=1)
+    assert [most_worth([dear, cheap], steps) for steps in (1, 10, 30, 100)] == [None, 1, 1, 0]
+
+
+def test_bytes_across_nodes_count_as_seconds():
+    """Both ranks are nodes; the tokens of rank 1 use the experts of rank 0 and the reverse."""
+    from dataclasses import replace
+
+    loads = np.array([[10, 10]])
+    crossed = replace(
+        balance_problem(loads, Topology(nodes=2, ranks_per_node=1)),
+        source_LRE=np.array([[[0, 10], [10, 0]]]),
+        dispatch="one_level",
+        row_bytes=3,
+    )
+    swap = from_ranks([[1, 0]], 2)
+    found = forecast(crossed, contiguous(1, 2, 2), swap, Speed(pair_s=1.0, bytes_per_s=6.0), 20, 1)
+    # 20 pairs x 4 trips x 3 bytes over 2 ranks, at 6 bytes a second
+    assert found.saved_s == pytest.approx(20.0)
+
+
+def test_few_swaps_move_less_and_never_make_it_worse():
+    random = np.random.default_rng(0)
+    loads = random.integers(0, 1000, (3, 16))
+    case = balance_problem(loads, Topology(nodes=1, ranks_per_node=4))
+    now = from_ranks([random.permutation(np.repeat(range(4), 4)) for _ in range(3)], 4)
+    then = few_swaps(case, now)
+    gain = forecast(case, now, then, Speed(pair_s=1.0, bytes_per_s=1.0), 1.0, 0.0)
+    assert gain.saved_s > 0 and 0 < gain.moved_experts < 48
+    assert few_swaps(case, then).moved(then) == 0
