@@ -98,6 +98,10 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     placement.add_argument("--quick", action="store_true", help="few and small, about a minute")
     placement.add_argument("--traces", type=Path, metavar="DIR", help="keep recorded traces here")
     placement.set_defaults(run=_bench_placement)
+    moe = benches.add_parser("moe", help="a training step of MoE layers, beside others'")
+    moe.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
+    moe.add_argument("--quick", action="store_true", help="tiny layers: says nothing about speed")
+    moe.set_defaults(run=_bench_moe)
     table = benches.add_parser("table", help="the rows of a benchmark as Markdown")
     table.add_argument("json", type=Path)
     table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")
@@ -192,11 +196,18 @@ def _bench_placement(arguments: argparse.Namespace) -> None:
     bench_placement(arguments.json, arguments.traces, arguments.quick)
 
 
-def _bench_table(arguments: argparse.Namespace) -> None:
-    from gossamer.launch.bench import placement_table, table
+def _bench_moe(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench.moe import bench_moe
 
-    is_placement = placement_table.COMMAND in arguments.json.read_text(errors="replace")[:9999]
-    bench = placement_table if is_placement else table
+    bench_moe(arguments.json, arguments.quick)
+
+
+def _bench_table(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench import moe_table, placement_table, table
+
+    beginning = arguments.json.read_text(errors="replace")[:9999]
+    named = (each for each in (moe_table, placement_table) if each.COMMAND in beginning)
+    bench = next(named, table)
     text = bench.render_table(arguments.json)
     if arguments.into is None:
         print(text)

@@ -15,7 +15,7 @@ MAY_IMPORT = {
 }
 GUESTS = {
     "ray": ("launch/", "comm/store/ray.py"),
-    "deepspeed": ("parallel/deepspeed_engine.py",),
+    "deepspeed": ("parallel/deepspeed_engine.py", "launch/bench/moe_layers.py"),
     "wandb": ("trainer/metrics.py",),
     "omegaconf": ("launch/recipe.py",),
     "plotly": ("launch/",),
