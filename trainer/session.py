@@ -158,6 +158,7 @@ class Session:
         phase = self.phase()
         if phase is not None and phase.kind == "grpo" and self.progress.phase_step:
             self.publish(phase)
+        self._read_heldout()
         self._clock_s = time.perf_counter()
 
     def phase(self) -> PhaseConfig | None:
@@ -270,8 +271,6 @@ class Session:
         if not every or self.progress.step % every or phase.kind == "grpo":
             return
         start_s = time.perf_counter()
-        if phase.kind not in self._heldout:
-            self._heldout[phase.kind] = self._feed.heldout(phase.kind)
         rows, micro_rows = self._heldout[phase.kind], self.config.micro_rows
         loss, tokens = heldout_loss(self.model, self.dims, rows, micro_rows)
         eval_s = time.perf_counter() - start_s
@@ -338,6 +337,19 @@ class Session:
         if self._is_first_rank:
             self._events = EventLog(place.run_dir)
             self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
+
+    def _read_heldout(self) -> None:
+        """Held-out rows of each kind of phase, before anything is trained."""
+        heldout = self.config.heldout
+        kinds = {phase.kind for phase in self.config.phases} - {"grpo"}
+        for kind in sorted(kinds if heldout.every_steps else ()):
+            try:
+                self._heldout[kind] = self._feed.heldout(kind)
+            except ValueError as error:
+                raise ValueError(
+                    f"heldout.permille is {heldout.permille}: {error}; expected a share that holds"
+                    " out at least one document"
+                ) from error
 
     def _audit(self) -> None:
         published = self._published
