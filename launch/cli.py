@@ -58,9 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="write summary.json and report.html of a run")
     command.add_argument("run_dir", type=Path)
     command.set_defaults(run=_report)
-    command = commands.add_parser("export", help="write the newest checkpoint as a HF folder")
+    command = commands.add_parser("export", help="write a checkpoint as a HF folder")
     command.add_argument("run_dir", type=Path)
     command.add_argument("out", type=Path)
+    command.add_argument("--step", type=int, metavar="N", help="default: the newest whole one")
     command.set_defaults(run=_export)
     _add_upcycle(commands.add_parser("upcycle", help="make a dense HF folder's MLPs into experts"))
     add_place_command(commands.add_parser("place", help="say where experts should live"))
@@ -168,7 +169,8 @@ def _report(arguments: argparse.Namespace) -> None:
 def _export(arguments: argparse.Namespace) -> None:
     from gossamer.launch.export import export_run
 
-    print(export_run(_load_run(arguments.run_dir), arguments.run_dir.resolve(), arguments.out))
+    run_dir = arguments.run_dir.resolve()
+    print(export_run(_load_run(run_dir), run_dir, arguments.out, arguments.step))
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:

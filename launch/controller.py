@@ -63,13 +63,12 @@ def resume_run(config: RunConfig, run_dir: Path) -> None:
         _attempt(config, run_dir, number=last + 1, resume_from=resume_from)
 
 
-def newest_checkpoint(run_dir: Path, url: str | None = None, step: int | None = None) -> str | None:
-    """URL of the checkpoint to resume from: latest attempt, then latest step (or this step)."""
-    from gossamer.trainer.checkpoint import list_checkpoints, resume_order
+def newest_checkpoint(run_dir: Path, url: str | None = None) -> str | None:
+    """URL of the checkpoint to resume from: latest attempt, then latest step."""
+    from gossamer.trainer.checkpoint import list_checkpoints
     from gossamer.trainer.saving import checkpoint_root
 
     found = list_checkpoints(checkpoint_root(url, run_dir))
-    found = [url for url in found if step is None or resume_order(url)[1] == step]
     return found[-1] if found else None
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -34,8 +34,10 @@ from gossamer.trainer.checkpoint_writer import (
     take_snapshot,
 )
 from gossamer.trainer.config import CheckpointConfig
-from gossamer.trainer.model import MoEModel
 from gossamer.trainer.moe.diversify import diversified
+
+if TYPE_CHECKING:
+    from gossamer.trainer.model import MoEModel
 
 WAIT_S = 0.02
 

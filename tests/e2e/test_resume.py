@@ -35,7 +35,8 @@ def run_until(run_dir: str, kill_at_step: int | None, settings: dict = SETTINGS)
     if torch.distributed.get_rank() == 0:
         tokens = token_fields(load_run_tokenizer(folder).vocab_size)
         rollouts = LocalRollouts(folder, hf_config(config.model, tokens).to_dict(), 2)
-    place = RunPlace(run_dir=folder, name="test", resume_from=newest_checkpoint(folder))
+    newest = newest_checkpoint(folder, config.checkpoint.url)
+    place = RunPlace(run_dir=folder, name="test", resume_from=newest)
     session = Session(config, place, rollouts, on_checkpoint=lambda step: None)
     name = "end_phase" if kill_at_step == LAST_STEP else "record"
     step = getattr(session, name)
