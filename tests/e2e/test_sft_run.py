@@ -40,7 +40,7 @@ def settings(folder: Path) -> dict:
             {"name": "text", "kind": "next_token", "max_steps": 4, "lr": 0.01},
             {"name": "chat", "kind": "sft", "max_steps": 6, "lr": 0.01},
         ],
-        "checkpoint": {"every_steps": 2, "keep_last": 20},
+        "checkpoint": SETTINGS["checkpoint"],
     }
 
 

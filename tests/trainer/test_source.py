@@ -78,7 +78,7 @@ def test_an_epoch_shows_every_text_once_through_small_windows(path):
     assert any(int(a[:3]) > int(b[:3]) for a, b in pairwise(first[:10]))
 
 
-@pytest.mark.parametrize("block_bytes", [200, 10_000])  # many blocks, or fewer than replicas
+@pytest.mark.parametrize("block_bytes", [40, 10_000])  # blocks are dealt, or records
 @pytest.mark.parametrize("num_replicas", [2, 3, 4])
 def test_replicas_read_disjoint_texts_and_all_of_them(path, monkeypatch, num_replicas, block_bytes):
     monkeypatch.setattr(jsonl, "BLOCK_BYTES", block_bytes)
@@ -88,6 +88,8 @@ def test_replicas_read_disjoint_texts_and_all_of_them(path, monkeypatch, num_rep
             data = replace(DATA, replica_index=index, num_replicas=num_replicas)
             texts, *_ = epoch_of(file_source(path, data), epoch=epoch)
             assert len(texts) > 60 / num_replicas / 2
+            if block_bytes == 40:
+                assert len(file_source(path, data)._blocks) >= 8 * num_replicas
             read += texts
         assert sorted(read) == TEXTS
     held = Source(name="x", share=1.0, documents=list(range(10)), replica=(1, 3))

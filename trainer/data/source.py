@@ -25,6 +25,8 @@ from gossamer.trainer.tokenizer import Tokenizer
 
 RECORDS_AT_A_TIME = 64
 CHARS_AT_A_TIME = 1 << 20
+FEWEST_BLOCKS = 8
+"""Of a replica; with fewer, one would get much more than another."""
 
 Place = tuple[int, int]
 """Position in the epoch's order of blocks, and a record's number in the block."""
@@ -128,7 +130,7 @@ class FileSource:
     def _contents(self, order: np.ndarray, start: Place) -> Iterator[tuple[Place, Any]]:
         """Of each record that is ours: the place after it, and what is to be learned."""
         index, replicas = self.data.replica_index, self.data.num_replicas
-        deals_blocks = len(order) >= replicas
+        deals_blocks = len(order) >= FEWEST_BLOCKS * replicas
         for position in range(start[0], len(order)):
             if deals_blocks and position % replicas != index:
                 continue
