@@ -82,7 +82,7 @@ def _loads(problem: Problem, before: Score, after: Score) -> Chart:
         title="Load of ranks",
         note="Pairs that each rank computes, as a multiple of its layer's mean.",
         figure=_two_heatmaps(
-            *shares, names("layer", problem.layers), top, AROUND_MEAN, "× mean", "layer"
+            shares, names("layer", problem.layers), top, AROUND_MEAN, "× mean", "layer"
         ),
         wide=True,
     )
@@ -93,7 +93,7 @@ def _traffic(problem: Problem, before: Score, after: Score) -> Chart:
     per_step = [s.bytes_LRR.sum(0) / problem.steps / 1e6 for s in (before, after)]
     top = max(1e-9, *(float(matrix.max()) for matrix in per_step))
     figure = _two_heatmaps(
-        *per_step, names("", range(problem.topology.ranks)), top, "Blues", "MB", "from rank"
+        per_step, names("", range(problem.topology.ranks)), top, "Blues", "MB", "from rank"
     )
     for edge in np.arange(1, problem.topology.nodes) * problem.topology.ranks_per_node - 0.5:
         for col in (1, 2):
@@ -125,17 +125,16 @@ def names(word: str, numbers: tuple[int, ...] | range) -> list[str]:
 
 
 def _two_heatmaps(
-    old: np.ndarray,
-    new: np.ndarray,
+    pair: list[np.ndarray],
     rows: list[str],
     top: float,
     colors: list | str,
     unit: str,
     row_title: str,
 ) -> go.Figure:
-    """Contiguous left, placed right, one scale."""
+    """Contiguous (the first) left, placed right, one scale."""
     figure = make_subplots(cols=2, subplot_titles=("contiguous", "placed"), shared_yaxes=True)
-    for col, z in ((1, old), (2, new)):
+    for col, z in enumerate(pair, 1):
         heat = go.Heatmap(
             z=z,
             y=rows,

@@ -75,7 +75,7 @@ def measure(case: Case) -> list[Row]:
         case.trace.between(start, start + case.window)
         for start in range(case.first, last - case.window + 1, case.window)
     ]
-    rows = []
+    rows: list[Row] = []
     for objective, dispatch in case.minimised:
         problems = [
             build_problem(

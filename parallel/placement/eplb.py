@@ -65,7 +65,8 @@ def rebalance(load_LE: ArrayLike, slots: int, groups: int, nodes: int, ranks: in
 
     load_Me = np.take_along_axis(load_LE, expert_LE, axis=1).reshape(-1, on_node)
     local_MP, copy_MP, count_Me = _replicate(load_Me, slots // nodes)
-    load_MP = np.take_along_axis(load_Me / count_Me.astype(np.float32), local_MP, axis=1)
+    share_Me: Floats = np.divide(load_Me, count_Me, dtype=np.float32)
+    load_MP = np.take_along_axis(share_Me, local_MP, axis=1)
     rank_MP, place_MP = _pack(load_MP, ranks // nodes)
     order_MP = np.argsort(rank_MP * rank_slots + place_MP, axis=1)
 

@@ -112,13 +112,18 @@ def _lpt(problem: Problem, budget: Budget) -> Solved:
 
 
 def _local(problem: Problem, budget: Budget) -> Solved:
-    balance_LE = _balanced(problem, budget)
-    if problem.objective == "balance":
-        return Solved(balance_LE, *_bound(problem, budget))
+    """Balance: swaps from shaken starts. Bytes: local search from there and from contiguous."""
+    return _search(problem, budget, _balanced(problem, budget))
+
+
+def _search(problem: Problem, budget: Budget, balance_LE: Ints) -> Solved:
     bound, proof = _bound(problem, budget)
-    limit_L, starts = _limits_and_starts(problem, balance_LE)
+    if problem.objective == "balance":
+        return Solved(balance_LE, bound, proof)
+    even = contiguous(problem.layers, problem.experts, problem.topology.ranks).rank_LE
     search = search_joint if problem.dispatch == "resident" else search_layers
-    return Solved(search(problem, limit_L, starts, budget.until_s), bound, proof)
+    limit_L = _limits(problem, balance_LE)
+    return Solved(search(problem, limit_L, [balance_LE, even], budget.until_s), bound, proof)
 
 
 def _ilp(problem: Problem, budget: Budget) -> Solved:
@@ -131,12 +136,12 @@ def _ilp(problem: Problem, budget: Budget) -> Solved:
             f"method ilp: {columns} columns are more than {ILP_COLUMNS}; use local or auto"
         )
     ranks, count = problem.topology.ranks, len(problem.layers)
-    first = _local(problem, Budget(perf_counter() + budget.left_s / 3, budget.gap))
-    if problem.objective == "bytes":
-        limit_L, _ = _limits_and_starts(problem, _balanced(problem, budget))
-        if problem.dispatch == "resident":
-            table, bound = ilp.joint_ilp(problem, limit_L, first.rank_LE, budget.left_s, budget.gap)
-            return Solved(table, *_better(first, bound, "of HiGHS, within the load limits"))
+    third = Budget(perf_counter() + budget.left_s / 3, budget.gap)
+    balance_LE = _balanced(problem, third)
+    first, limit_L = _search(problem, third, balance_LE), _limits(problem, balance_LE)
+    if problem.name == "bytes, resident":
+        table, bound = ilp.joint_ilp(problem, limit_L, first.rank_LE, budget.left_s, budget.gap)
+        return Solved(table, *_better(first, bound, "of HiGHS, within the load limits"))
     tables, bounds = [], []
     for layer, start_E in enumerate(first.rank_LE):
         share_s = budget.left_s / (count - layer)
@@ -144,8 +149,9 @@ def _ilp(problem: Problem, budget: Budget) -> Solved:
             load_E = problem.load_LE[layer]
             found, bound = ilp.balance_ilp(load_E, ranks, start_E, share_s, budget.gap)
         else:
-            limit = int(limit_L[layer])
-            found, bound = ilp.bytes_ilp(problem, layer, limit, start_E, share_s, budget.gap)
+            found, bound = ilp.bytes_ilp(
+                problem, layer, int(limit_L[layer]), start_E, share_s, budget.gap
+            )
         tables.append(found)
         bounds.append(bound)
     where = "of HiGHS" if problem.objective == "balance" else "of HiGHS, within the load limits"
@@ -196,13 +202,10 @@ def _balanced(problem: Problem, budget: Budget) -> Ints:
     return np.stack(table)
 
 
-def _limits_and_starts(problem: Problem, balance_LE: Ints) -> tuple[Ints, list[Ints]]:
-    """Load limits, and placements to begin from: the balanced one always keeps them."""
-    ranks = problem.topology.ranks
-    busiest_L = rank_loads(problem.load_LE, balance_LE, ranks).max(1)
-    even = contiguous(problem.layers, problem.experts, ranks).rank_LE
-    limit_L = load_limits(problem, busiest_L)
-    return limit_L, [balance_LE, even]
+def _limits(problem: Problem, balance_LE: Ints) -> Ints:
+    """Pairs that a rank may have when bytes are minimised; the balanced placement keeps to them."""
+    busiest_L = rank_loads(problem.load_LE, balance_LE, problem.topology.ranks).max(1)
+    return load_limits(problem, busiest_L)
 
 
 def _bound(problem: Problem, budget: Budget) -> tuple[float, str]:
