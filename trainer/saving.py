@@ -42,6 +42,17 @@ if TYPE_CHECKING:
 WAIT_S = 0.02
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunPlace:
+    """Where a run lives and which attempt at it this is."""
+
+    run_dir: Path
+    name: str
+    attempt: int = 1
+    resume_from: str | None = None
+    """URL of the checkpoint to go on from, or where it is torn from the one before."""
+
+
 @dataclass(slots=True)
 class Progress:
     """Where the run stands."""

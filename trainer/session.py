@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -35,22 +35,11 @@ from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokeniz
 from gossamer.trainer.proof import trainer_state_hash
 from gossamer.trainer.replacement import LivePlacement
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
-from gossamer.trainer.saving import Progress, Saver, checkpoint_root, open_whole
+from gossamer.trainer.saving import Progress, RunPlace, Saver, checkpoint_root, open_whole
 from gossamer.trainer.step.determinism import be_deterministic
 from gossamer.trainer.step.flops import measured_peak
 from gossamer.trainer.step.profile import StepProfiler
 from gossamer.trainer.update import UpdateResult, update
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunPlace:
-    """Where a run lives and which attempt at it this is."""
-
-    run_dir: Path
-    name: str
-    attempt: int = 1
-    resume_from: str | None = None
-    """URL of the checkpoint to go on from, or where it is torn from the one before."""
 
 
 class Session:
