@@ -21,10 +21,9 @@ from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.comm.signing import Signer
 from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
-from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data.mixture import task_source
-from gossamer.trainer.evaluate import greedy_exact_match, heldout_loss
+from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
@@ -38,6 +37,7 @@ from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.saving import Progress, RunPlace, Saver, checkpoint_root, open_whole
 from gossamer.trainer.step.determinism import be_deterministic
 from gossamer.trainer.step.flops import measured_peak
+from gossamer.trainer.step.heldout import HeldoutText
 from gossamer.trainer.step.profile import StepProfiler
 from gossamer.trainer.update import UpdateResult, update
 
@@ -84,7 +84,6 @@ class Session:
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
         self._rollout_statistics: RolloutStatistics | None = None
         self._clock_s = self._wait_s = self._lr = 0.0
-        self._heldout: dict[str, TokenBatch] = {}
         self._open_books()
         self._saver = self._build_saver()
         if config.parallel.placement.path is not None:
@@ -147,7 +146,7 @@ class Session:
         phase = self.phase()
         if phase is not None and phase.kind == "grpo" and self.progress.phase_step:
             self.publish(phase)
-        self._read_heldout()
+        self._heldout = HeldoutText(self.config, self._feed)
         self._clock_s = time.perf_counter()
 
     def phase(self) -> PhaseConfig | None:
@@ -256,23 +255,10 @@ class Session:
 
     def evaluate(self, phase: PhaseConfig) -> None:
         """Every heldout.every_steps, outside RL: the loss on text that is never trained on."""
-        every = self.config.heldout.every_steps
-        if not every or self.progress.step % every or phase.kind == "grpo":
-            return
-        start_s = time.perf_counter()
-        rows, micro_rows = self._heldout[phase.kind], self.config.micro_rows
-        loss, tokens = heldout_loss(self.model, self.dims, rows, micro_rows)
-        eval_s = time.perf_counter() - start_s
-        self._clock_s += eval_s  # it is no part of the next step's time
-        self._event(
-            "eval",
-            name="text",
-            step=self.progress.step,
-            phase=phase.name,
-            loss=loss,
-            tokens=tokens,
-            eval_s=eval_s,
-        )
+        found = self._heldout.measure(self.model, self.dims, phase, self.progress.step)
+        if found is not None:
+            self._clock_s += found["eval_s"]  # it is no part of the next step's time
+            self._event("eval", **found)
 
     def is_phase_done(self, phase: PhaseConfig) -> bool:
         """Out of steps, or good enough on the dev problems."""
@@ -326,19 +312,6 @@ class Session:
         if self._is_first_rank:
             self._events = EventLog(place.run_dir)
             self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
-
-    def _read_heldout(self) -> None:
-        """Held-out rows of each kind of phase, before anything is trained."""
-        heldout = self.config.heldout
-        kinds = {phase.kind for phase in self.config.phases} - {"grpo"}
-        for kind in sorted(kinds if heldout.every_steps else ()):
-            try:
-                self._heldout[kind] = self._feed.heldout(kind)
-            except ValueError as error:
-                raise ValueError(
-                    f"heldout.permille is {heldout.permille}: {error}; expected a share that holds"
-                    " out at least one document"
-                ) from error
 
     def _audit(self) -> None:
         published = self._published
