@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from gossamer.trainer.batch import Document
@@ -142,6 +143,8 @@ def test_fingerprint_sees_tokens_boundaries_and_weights():
     base = fingerprint(Document(token_ids=[1, 2, 3]), Document(token_ids=[4]))
     assert base != fingerprint(Document(token_ids=[1, 2]), Document(token_ids=[3, 4]))
     assert base != fingerprint(Document(token_ids=[1, 2, 3], learn_from=1), Document(token_ids=[4]))
+    learned = Document(token_ids=[1, 2, 3], is_learned=np.array([False, True, False]))
+    assert base != fingerprint(learned, Document(token_ids=[4]))
     assert base == fingerprint(Document(token_ids=[1, 2, 3]), Document(token_ids=[4]))
 
 

@@ -58,6 +58,8 @@ class Source:
         for document in self.documents:
             head = [len(document.token_ids), document.learn_from]
             digest.update(np.array([*head, *document.token_ids], dtype="<i4").tobytes())
+            if document.is_learned is not None:
+                digest.update(bytes(document.is_learned))
         return digest.hexdigest()
 
     def window(self, seed: int, epoch: int, start: Place) -> Window:
@@ -93,10 +95,10 @@ class FileSource:
     def fingerprint(self) -> str:
         """Hash of how the files are cut, how long they are, and of tokenizer and split."""
         digest = blake2b(self.tokenizer.fingerprint().encode(), digest_size=16)
-        for part in (*self._blocks, self.config.field, self.data.long_conversations):
+        data = self.data
+        told = (self.config.field, data.long_conversations, data.buffer_tokens)
+        for part in (*self._blocks, *told, self.heldout_permille):
             digest.update(repr(part).encode())
-        for number in (self.data.buffer_tokens, self.heldout_permille):
-            digest.update(repr(number).encode())
         return digest.hexdigest()
 
     def window(self, seed: int, epoch: int, start: Place) -> Window:
@@ -153,7 +155,7 @@ class FileSource:
             if is_heldout(value, self.heldout_permille) != self.reads_heldout:
                 return None
             if self.config.messages_field is not None:
-                return render(self.tokenizer, checked_messages(value), record.get("tools"))
+                return render(self.tokenizer, checked_messages(value), record.get("tools") or None)
             if not isinstance(value, str):
                 raise ValueError(f"is a {type(value).__name__}; expected text")
             return value
