@@ -15,7 +15,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
-from gossamer.comm.wire import KINDS
+from gossamer.comm.wire import VERSION_KINDS
 
 if TYPE_CHECKING:
     from gossamer.comm.signing import Signer, Verifier
@@ -136,7 +136,7 @@ def unpack_manifest(data: bytes, name: str, verifier: Verifier | None = None) ->
             verifier.check(
                 _canonical(entry), None if signature is None else bytes.fromhex(signature), name
             )
-        parts = {kind: [_read(PartRef, ref) for ref in entry[kind]] for kind in KINDS}
+        parts = {kind: [_read(PartRef, ref) for ref in entry[kind]] for kind in VERSION_KINDS}
         return _read(Manifest, entry | parts)
     except KeyError as error:
         raise LogError(f"{name} lacks field {error}") from error

@@ -17,6 +17,9 @@ coded), "block_rows" and "models" (index, or null) have one entry a run, "nbytes
 i of a run holds its rows [i block_rows, (i + 1) block_rows), flat; a vector is one row; a block of
 0 bytes did not change. Where a delta lacks a run, nothing of it changed.
 
+A replica's message of a round is of kind `outer` and has one more entry, "about"; what that holds,
+and codec `topk`, is told in outer/message.py and outer/sparse.py.
+
 Codec `dense`: every pattern of the block, a plane for each byte, low one first (codec/planes.py).
 Codec `planes`: gaps and steps as byte planes (codec/step.py). Codec `entropy`: the class prefix of
 an element is its old pattern >> shift (codec/elements.py), its class the prefix without the sign
@@ -41,6 +44,7 @@ import json
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import zstandard
 from gossamer.comm.run import Run, WireError
@@ -48,7 +52,9 @@ from gossamer.comm.table import in_families, read_table, write_table
 
 DIGEST_BYTES = 32
 SIGNATURE_BYTES = 64
-KINDS = ("delta", "anchor")
+KINDS = ("delta", "anchor", "outer")
+VERSION_KINDS = KINDS[:2]
+"""Of the weight log; the other is a replica's message of a round (outer/message.py)."""
 MAGIC = b"GSMR"
 WIRE_VERSION = 2
 NO_BASE = 2**64 - 1
@@ -77,12 +83,17 @@ class Frame:
     hash_gain: int
     """What this part adds to the hash of the whole state, mod 2**64 (state_hash.py)."""
     runs: list[Run]
+    about: dict[str, Any] | None = None
+    """What a message says beside its runs, JSON; None in a version."""
 
 
 def pack_frame(frame: Frame, sign: Callable[[bytes], bytes] | None = None) -> bytes:
     """The frame's bytes, signed by `sign(digest)` where it is given."""
     runs = in_families(frame.runs)
-    raw = json.dumps(write_table(frame.run_id, runs), separators=(",", ":")).encode()
+    table = write_table(frame.run_id, runs)
+    if frame.about is not None:
+        table["about"] = frame.about
+    raw = json.dumps(table, separators=(",", ":")).encode()
     packed = zstandard.ZstdCompressor(level=9).compress(raw)
     header = HEADER.pack(
         MAGIC,
@@ -136,12 +147,12 @@ def unpack_head(data: bytes) -> Frame:
     return _unpack(data, _read_header(data), b"")
 
 
-def unpack_frame(data: bytes) -> Frame:
+def unpack_frame(data: bytes, kinds: tuple[str, ...] = VERSION_KINDS) -> Frame:
     """Reads and checks a frame, but for its signature; runs' payloads are views on `data`.
 
-    Raises WireError.
+    Raises WireError, also for a frame that is none of `kinds`.
     """
-    fields = _read_header(data)
+    fields = _read_header(data, kinds)
     flags, table_nbytes, payload_nbytes = fields[3], fields[15], fields[16]
     payload_at = HEADER.size + table_nbytes
     end = payload_at + payload_nbytes
@@ -158,13 +169,14 @@ def _expect(good: bool, what: str) -> None:
         raise WireError(f"not a sound frame: {what}")
 
 
-def _read_header(data: bytes) -> tuple:
+def _read_header(data: bytes, kinds: tuple[str, ...] = VERSION_KINDS) -> tuple:
     _expect(len(data) >= HEADER.size, f"{len(data)} bytes are less than a header")
     fields = HEADER.unpack_from(data)
     magic, wire_version, kind, flags, part, num_parts = fields[:6]
     _expect(magic == MAGIC, f"it begins with {magic!r} instead of {MAGIC!r}")
     _expect(wire_version == WIRE_VERSION, f"wire version {wire_version} is not {WIRE_VERSION}")
     _expect(kind < len(KINDS), f"kind {kind} is unknown")
+    _expect(KINDS[kind] in kinds, f"it is of kind {KINDS[kind]}, not {' or '.join(kinds)}")
     _expect(flags <= SIGNED_FLAG, f"flags {flags} are unknown")
     _expect(part < num_parts, f"it is part {part} of {num_parts}")
     return fields
@@ -175,7 +187,8 @@ def _unpack(data: bytes, fields: tuple, payload: bytes | memoryview) -> Frame:
     step, num_changed, hash_gain, num_runs, raw_nbytes, table_nbytes, payload_nbytes = fields[10:]
     table = memoryview(data)[HEADER.size : HEADER.size + table_nbytes]
     _expect(len(table) == table_nbytes, "its table is cut")
-    run_id, runs = read_table(_unpack_table(table, raw_nbytes), num_runs, payload_nbytes, payload)
+    entry = _unpack_table(table, raw_nbytes)
+    run_id, runs = read_table(entry, num_runs, payload_nbytes, payload)
     return Frame(
         kind=KINDS[kind],
         run_id=run_id,
@@ -189,10 +202,11 @@ def _unpack(data: bytes, fields: tuple, payload: bytes | memoryview) -> Frame:
         num_changed=num_changed,
         hash_gain=hash_gain,
         runs=runs,
+        about=entry.get("about"),
     )
 
 
-def _unpack_table(packed: memoryview, raw_nbytes: int) -> object:
+def _unpack_table(packed: memoryview, raw_nbytes: int) -> Any:  # noqa: ANN401
     try:
         _expect(
             zstandard.frame_content_size(packed) == raw_nbytes <= MAX_TABLE_BYTES,

@@ -23,8 +23,8 @@ GUESTS = {
 }
 """Where a package may be imported; a name that ends in a slash is a folder."""
 
-COMM_PACKAGES = {"torch", "numpy", "numba", "zstandard"}
-"""The base install. A file of comm/ that needs more is named in COMM_GUESTS."""
+COMM_PACKAGES = {"torch", "numpy", "numba", "llvmlite", "zstandard"}
+"""The base install; llvmlite is a part of numba's. A file of comm/ that needs more is named in COMM_GUESTS."""
 COMM_GUESTS = {
     "comm/engines/hf.py": {"transformers"},
     "comm/engines/vllm.py": {"vllm"},
