@@ -38,7 +38,7 @@ def balanced(
     `until_s`, a few experts change places at random and swaps begin again; the best is kept.
     """
     load_E = np.ascontiguousarray(load_E, dtype=np.int64)
-    target = int(balance_bound(load_E, ranks) * (1 + gap))
+    target = balance_bound(load_E, ranks)
     best_E = lpt(load_E, ranks)
     best = swap_down(load_E, best_E, ranks, target)
     if start_E is not None:
@@ -49,7 +49,7 @@ def balanced(
     random = np.random.default_rng(0)
     shaken = max(2, round(SHAKEN_SHARE * len(load_E)))
     for _ in range(SHAKES):
-        if best <= target or perf_counter() > until_s:
+        if best <= target * (1 + gap) or perf_counter() > until_s:
             break
         rank_E = best_E.copy()
         chosen = random.permutation(len(load_E))[:shaken]
