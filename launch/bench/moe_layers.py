@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import deepspeed
 import torch
@@ -28,7 +29,7 @@ from gossamer.trainer.config import ModelConfig
 from gossamer.trainer.families import build_block
 from gossamer.trainer.moe.block import StepContext
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeMLP
 
 OURS = "gossamer"
@@ -87,7 +88,7 @@ def ours(shape: Shape) -> Layer:
     config = ModelConfig(hf={"model_type": hf.model_type}, balance_loss_coef=0.0)
     dims = build_dims(ParallelConfig(expert=shape.ep))
     block = build_block(_block(model), hf, config, dims, StepContext(), layer=0, seed=0)
-    return Layer(block, block.gate.weight)
+    return Layer(block, block.get_parameter("gate.weight"))
 
 
 def transformers_block(shape: Shape, experts: str) -> Layer:
@@ -137,14 +138,19 @@ def legacy_moe(shape: Shape) -> Layer:
 
 def _model(shape: Shape, experts: str) -> tuple[PretrainedConfig, nn.Module]:
     """A model of one such layer and next to nothing else, the same weights each time."""
-    hf = Qwen3MoeConfig(
+    hf = AutoConfig.for_model(
+        "qwen3_moe",
         hidden_size=shape.hidden,
         moe_intermediate_size=shape.width,
         num_experts=shape.experts,
         num_experts_per_tok=shape.top_k,
         norm_topk_prob=True,
-        **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1),
-        **dict.fromkeys(("head_dim", "intermediate_size", "vocab_size"), 8),
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        intermediate_size=8,
+        vocab_size=8,
     )
     model = AutoModelForCausalLM.from_config(
         hf, dtype=getattr(torch, shape.dtype), experts_implementation=experts
@@ -157,5 +163,5 @@ def _model(shape: Shape, experts: str) -> tuple[PretrainedConfig, nn.Module]:
     return hf, model
 
 
-def _block(model: nn.Module) -> nn.Module:
+def _block(model: nn.Module) -> Any:  # noqa: ANN401
     return model.get_submodule("model.layers.0.mlp")

@@ -131,6 +131,7 @@ def _check_same(layers: dict[str, Layer], shape: Shape) -> None:
         y_1TD = layer(x_1TD)
         y_1TD.backward(grad_1TD)
         layer.module.zero_grad()
+        assert x_1TD.grad is not None
         results[name] = (y_1TD.detach().float(), x_1TD.grad.float())
     for name, found in results.items():
         for one, mine in zip(found, results[OURS], strict=True):
