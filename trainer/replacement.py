@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from gossamer.parallel.config import ParallelConfig
 from gossamer.parallel.dims import ParallelDims
+from gossamer.parallel.placement.apply import Copy, exchange
 from gossamer.parallel.placement.placement import Placement
 from gossamer.parallel.placement.problem import Problem, Topology, balance_problem, build_problem
 from gossamer.parallel.placement.score import score
@@ -51,10 +52,13 @@ class LivePlacement:
         self._steps, self._load_LE = 0, torch.zeros((), dtype=torch.int64)
         self._samples: list[Tensor] = []
 
-    def after_update(self, step: int, load_LE: list[list[int]]) -> dict[str, Any] | None:
+    def after_update(
+        self, step: int, load_LE: list[list[int]], extra_s: float = 0.0
+    ) -> dict[str, Any] | None:
         """Counts; when `step` updates are done and it is time, decides and moves.
 
-        `load_LE`: of all ranks. A collective call. Returns the numbers of a decision.
+        `load_LE`: of all ranks. `extra_s`: what a move costs besides. A collective call. Returns
+        the numbers of a decision.
         """
         every = self._config.every_steps
         if not every:
@@ -65,18 +69,18 @@ class LivePlacement:
             self._samples = [*self._samples[1 - SAMPLED_STEPS :], _chosen(self._experts.blocks)]
         if step % every:
             return None
-        numbers = self._decide()
+        numbers = self._decide(extra_s)
         self._begin()
         return numbers
 
-    def _decide(self) -> dict[str, Any]:
+    def _decide(self, extra_s: float) -> dict[str, Any]:
         problem = self._problem()
         pairs = int(self._load_LE.sum()) / self._steps / self._dims.data
         speed = self._speed = self._speed or self._measure(pairs)
         numbers: dict[str, Any] = {"is_moved": False}
         told = torch.zeros(1 + self._experts.placement.slots_LS.size, dtype=torch.int64)
         if dist.get_rank() == 0:
-            numbers, chosen = self._solve(problem, speed, pairs)
+            numbers, chosen = self._solve(problem, speed, pairs, extra_s)
             if chosen is not None:
                 told[0], told[1:] = 1, torch.tensor(chosen.slots_LS).flatten()
         dist.broadcast(told, src=0)
@@ -91,7 +95,7 @@ class LivePlacement:
         return numbers
 
     def _solve(
-        self, problem: Problem, speed: Speed, pairs_per_step: float
+        self, problem: Problem, speed: Speed, pairs_per_step: float, extra_s: float
     ) -> tuple[dict[str, Any], Placement | None]:
         """What is best, by the numbers; None where staying is."""
         from gossamer.parallel.placement.solve import place  # only rank 0 needs solvers
@@ -102,7 +106,8 @@ class LivePlacement:
         held = self._experts.blocks[0].experts.parameters()
         expert_bytes = STATE_BYTES * sum(weight[0].numel() for weight in held) / self._sharers
         forecasts = [
-            forecast(problem, now, then, speed, pairs_per_step, expert_bytes) for then in found
+            forecast(problem, now, then, speed, pairs_per_step, expert_bytes, extra_s)
+            for then in found
         ]
         best = most_worth(forecasts, self._config.every_steps)
         shown = 0 if best is None else best
@@ -143,21 +148,27 @@ class LivePlacement:
             self._topology,
             objective="bytes",
             dispatch="two_level" if self._dims.dispatch.levels == 2 else "one_level",
+            sources=self._config.sources,
             row_bytes=rows.shape[1] * rows.element_size(),
         )
 
     def _measure(self, pairs_per_step: float) -> Speed:
-        """Seconds of rank 0's experts and of an all-to-all, each after a warm-up."""
+        """Of rank 0's experts and of an exchange between all ranks, each after a warm-up."""
         pairs_per_layer = pairs_per_step / len(self._experts.blocks)
         pair_s = _pair_seconds(self._experts.blocks[0], int(pairs_per_layer / self._dims.expert))
-        world_size = self._dims.world_size
-        sent, received = torch.zeros(2, world_size * PROBE_BYTES, dtype=torch.uint8)
+        ranks = range(self._dims.world_size)
+        shard = torch.zeros(len(ranks) * PROBE_BYTES, dtype=torch.uint8)
+        work = [
+            (Copy(a, b * PROBE_BYTES, b, a * PROBE_BYTES, PROBE_BYTES), [shard])
+            for a in ranks
+            for b in ranks
+        ]
         for _ in range(2):
             dist.barrier()
             start_s = time.perf_counter()
-            dist.all_to_all_single(received, sent)
+            sent = exchange(work)
             elapsed_s = time.perf_counter() - start_s
-        return Speed(pair_s=pair_s, bytes_per_s=(world_size - 1) * PROBE_BYTES / elapsed_s)
+        return Speed(pair_s=pair_s, bytes_per_s=sent / elapsed_s)
 
 
 def _pair_seconds(block: MoEBlock, num_pairs: int) -> float:

@@ -187,12 +187,21 @@ class Session:
                 f"the gradient was not finite in {most + 1} updates in a row, up to step {step};"
                 f" expected at most optim.max_skips={most}"
             )
-        decision = self._live_placement.after_update(self.progress.step, result.expert_load)
+        self._reconsider_placement(phase, result)
+        return result
+
+    def _reconsider_placement(self, phase: PhaseConfig, result: UpdateResult) -> None:
+        """Live placement; after a move the log needs an anchor, for rows have other owners."""
+        log, anchor_s = self.config.log, 0.0
+        if phase.kind == "grpo" and log.link_mbit is not None:
+            bits = 8 * getattr(torch, log.publish_dtype).itemsize * self.model.num_parameters()[0]
+            anchor_s = bits / (log.link_mbit * 1e6)
+        step = self.progress.step
+        decision = self._live_placement.after_update(step, result.expert_load, anchor_s)
         if decision is not None:
-            self._event("placement", step=self.progress.step, **decision)
+            self._event("placement", step=step, **decision)
             if decision["is_moved"]:
                 self._publisher.start_over()
-        return result
 
     def publish(self, phase: PhaseConfig) -> None:
         """Publishes the weights as the log's next version and asks for the batches it allows."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 OBJECTIVES = ("balance", "bytes")
+SOURCES = ("even", "seen")
+METHODS = ("contiguous", "eplb", "lpt", "ilp", "moetuner", "local", "auto")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,8 +26,12 @@ class PlacementConfig:
     """What to solve for: `balance` = the busiest ranks' tokens; `bytes` = what dispatch sends
     across nodes, from a sample of each step's tokens."""
 
+    sources: str = "even"
+    """Whose bytes: `even` = any rank may hold a token, as with shuffled data; `seen` = the rank
+    that held it."""
+
     method: str = "auto"
-    """Solver: see `gossamer place --method`."""
+    """Solver, as `gossamer place --method`."""
 
     time_limit_s: float = 2.0
     """Of a solve, for which training waits."""
@@ -34,8 +40,12 @@ class PlacementConfig:
         where = "parallel.placement"
         if self.every_steps < 0:
             raise ValueError(f"{where}.every_steps is {self.every_steps}; expected 0 or more")
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"{where}.objective is {self.objective}; expected {OBJECTIVES}")
+        known = {"objective": OBJECTIVES, "sources": SOURCES, "method": METHODS}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"{where}.{name} is {getattr(self, name)}; expected one of {values}"
+                )
         if not self.time_limit_s > 0:
             raise ValueError(f"{where}.time_limit_s is {self.time_limit_s}; expected above 0")
 

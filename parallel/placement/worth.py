@@ -1,8 +1,8 @@
 """Whether a move pays: the seconds it saves until the next chance to move, against those it takes.
 
 The one idea: a layer is as slow as its busiest rank, so what a placement saves is pairs on the
-busiest ranks, and bytes across nodes, at the speed that this machine was seen to have; a move costs
-the state of the experts that change ranks at the speed of the last move.
+busiest ranks and, where bytes are the objective, those, each at the speed that this machine was
+seen to have; a move costs the state of the experts that change ranks at the speed of the last move.
 """
 
 from __future__ import annotations
@@ -52,16 +52,18 @@ def forecast(
     speed: Speed,
     pairs_per_step: float,
     expert_bytes: float,
+    extra_s: float = 0.0,
 ) -> Forecast:
     """Of going from `now` to `then` if the coming steps are like those of `problem`.
 
     `pairs_per_step`: (token, slot) pairs of one expert group in a step, over all layers.
-    `expert_bytes`: of what a rank holds of an expert (under ZeRO a share of its state).
+    `expert_bytes`: of what a rank holds of an expert (under ZeRO a share of its state). `extra_s`:
+    what any move costs besides.
     """
     before, after = score(problem, now), score(problem, then)
     busiest = before.load_LR.max(1).sum() - after.load_LR.max(1).sum()
-    across = (before.across_bytes - after.across_bytes) / now.ranks
-    seen = busiest * speed.pair_s + across / speed.bytes_per_s
+    saved_bytes = before.value - after.value if problem.objective == "bytes" else 0.0
+    seen = busiest * speed.pair_s + saved_bytes / now.ranks / speed.bytes_per_s
     sent_R, received_R = np.zeros((2, now.ranks), np.int64)
     moves = now.rank_LE != then.rank_LE
     np.add.at(sent_R, now.rank_LE[moves], 1)
@@ -69,7 +71,7 @@ def forecast(
     busiest_bytes = int(max(sent_R.max(), received_R.max()) * expert_bytes)
     return Forecast(
         saved_s=float(seen) * pairs_per_step / max(1, int(problem.load_LE.sum())),
-        cost_s=busiest_bytes / speed.bytes_per_s,
+        cost_s=busiest_bytes / speed.bytes_per_s + (extra_s if moves.any() else 0.0),
         moved_experts=int(moves.sum()),
         busiest_bytes=busiest_bytes,
     )

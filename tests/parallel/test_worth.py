@@ -1,9 +1,19 @@
 """A move is made when what it saves until the next chance is more than what it costs."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from gossamer.parallel.placement import config
 from gossamer.parallel.placement.placement import contiguous, from_ranks
-from gossamer.parallel.placement.problem import Problem, Topology, balance_problem
+from gossamer.parallel.placement.problem import (
+    OBJECTIVES,
+    SOURCES,
+    Problem,
+    Topology,
+    balance_problem,
+)
+from gossamer.parallel.placement.solve import METHODS
 from gossamer.parallel.placement.worth import Forecast, Speed, few_swaps, forecast, most_worth
 
 NOW = contiguous(2, 4, 2)
@@ -20,6 +30,10 @@ def test_a_forecast_by_hand():
     """60 -> 40 pairs on the busiest rank of layer 0; one expert each way of 100 bytes."""
     found = forecast(problem(), NOW, BETTER, Speed(pair_s=0.5, bytes_per_s=20.0), 160.0, 100.0)
     assert found == Forecast(saved_s=10.0, cost_s=5.0, moved_experts=2, busiest_bytes=100)
+    anchored = forecast(
+        problem(), NOW, BETTER, Speed(pair_s=0.5, bytes_per_s=20.0), 160.0, 100.0, extra_s=7.0
+    )
+    assert anchored.cost_s == 12.0
     # with half of the pairs a step, a step saves half
     half = forecast(problem(), NOW, BETTER, Speed(pair_s=0.5, bytes_per_s=20.0), 80.0, 100.0)
     assert (half.saved_s, half.cost_s) == (5.0, 5.0)
@@ -43,12 +57,12 @@ def test_the_most_worth_of_several():
 
 def test_bytes_across_nodes_count_as_seconds():
     """Both ranks are nodes; the tokens of rank 1 use the experts of rank 0 and the reverse."""
-    from dataclasses import replace
-
     loads = np.array([[10, 10]])
     crossed = replace(
         balance_problem(loads, Topology(nodes=2, ranks_per_node=1)),
         source_LRE=np.array([[[0, 10], [10, 0]]]),
+        objective="bytes",
+        sources="seen",
         dispatch="one_level",
         row_bytes=3,
     )
@@ -67,3 +81,10 @@ def test_few_swaps_move_less_and_never_make_it_worse():
     gain = forecast(case, now, then, Speed(pair_s=1.0, bytes_per_s=1.0), 1.0, 0.0)
     assert gain.saved_s > 0 and 0 < gain.moved_experts < 48
     assert few_swaps(case, then).moved(then) == 0
+
+
+def test_the_config_knows_the_solvers_by_name():
+    assert config.METHODS == tuple(METHODS)
+    assert (config.OBJECTIVES, config.SOURCES) == (OBJECTIVES, SOURCES)
+    with pytest.raises(ValueError, match="parallel.placement.method is luck; expected one of"):
+        config.PlacementConfig(method="luck")
