@@ -10,7 +10,7 @@ Shapes: E experts, R ranks, N nodes, U token sets.
 from __future__ import annotations
 
 import numpy as np
-from gossamer.parallel.placement.eplb import rebalance
+from gossamer.parallel.placement.eplb import without_replicas
 from gossamer.parallel.placement.problem import DISPATCHES, INDEX_BYTES, Problem
 from numpy.typing import NDArray
 
@@ -82,11 +82,13 @@ def load_limits(problem: Problem, busiest_L: NDArray[np.int64]) -> NDArray[np.in
     """Pairs a rank may have when bytes are minimised. `busiest_L`: of the best balance found."""
     if problem.slack is not None:
         return np.floor(busiest_L * (1 + problem.slack)).astype(np.int64)
-    ranks, nodes = problem.topology.ranks, problem.topology.nodes
-    eplb_L = [
-        rebalance(problem.load_LE, problem.experts, groups, nodes, ranks)
-        .rank_loads(problem.load_LE, ranks)
-        .max(1)
-        for groups in {1, nodes}
-    ]
-    return np.maximum(busiest_L, np.min(eplb_L, axis=0).round().astype(np.int64))
+    ranks = problem.topology.ranks
+    tables = without_replicas(problem.load_LE, problem.topology.nodes, ranks)
+    eplb_L = np.min([rank_loads(problem.load_LE, table, ranks).max(1) for table in tables], axis=0)
+    return np.maximum(busiest_L, eplb_L)
+
+
+def rank_loads(load_LE: Ints, rank_LE: Ints, ranks: int) -> Ints:
+    """Pairs of each rank, [L, R]."""
+    loads = [np.bincount(r, w, ranks) for r, w in zip(rank_LE, load_LE, strict=True)]
+    return np.stack(loads).round().astype(np.int64)

@@ -80,6 +80,14 @@ def rebalance(load_LE: ArrayLike, slots: int, groups: int, nodes: int, ranks: in
     return Replicated(slots_LP, replica_LEX, count_LE)
 
 
+def without_replicas(load_LE: ArrayLike, nodes: int, ranks: int) -> list[Ints]:
+    """rank_LE of EPLB at equal slots: hierarchical with one group of experts a node, and global."""
+    load_LE = np.asarray(load_LE)
+    experts = load_LE.shape[1]
+    answers = [rebalance(load_LE, experts, n, n, ranks) for n in (nodes, 1)]
+    return [np.argsort(a.slots_LP, axis=1) // (experts // ranks) for a in answers]
+
+
 def _pack(load_MX: Floats, bins: int) -> tuple[Ints, Ints]:
     """Bin and place in it of each item, as many items in each bin."""
     rows, items = load_MX.shape

@@ -8,6 +8,7 @@ Shapes: L layers, E experts, R ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
@@ -30,9 +31,9 @@ def balanced(
     ranks: int,
     gap: float = 0.0,
     until_s: float = 0.0,
-    start_E: NDArray[np.int64] | None = None,
+    starts: Sequence[NDArray[np.int64]] = (),
 ) -> NDArray[np.int64]:
-    """The rank of each expert: LPT (or `start_E`, if that ends better) and swaps.
+    """The rank of each expert: LPT (or one of `starts`, if that ends better) and swaps.
 
     While the busiest rank is more than `gap` above the bound and perf_counter() is below
     `until_s`, a few experts change places at random and swaps begin again; the best is kept.
@@ -41,7 +42,7 @@ def balanced(
     target = balance_bound(load_E, ranks)
     best_E = lpt(load_E, ranks)
     best = swap_down(load_E, best_E, ranks, target)
-    if start_E is not None:
+    for start_E in starts:
         other_E = np.array(start_E, dtype=np.int64)
         other = swap_down(load_E, other_E, ranks, target)
         if other < best:

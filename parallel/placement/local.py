@@ -23,11 +23,11 @@ from gossamer.parallel.placement.costs import (
     link_costs,
     once_cost,
     once_rows,
+    rank_loads,
     token_sets,
 )
 from gossamer.parallel.placement.kernels import anneal, assign, swap_linear
 from gossamer.parallel.placement.problem import Problem
-from gossamer.parallel.placement.score import rank_loads
 
 PROPOSALS_PER_PAIR = 30
 """Swaps proposed in an annealing, for each pair of experts."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from gossamer.parallel.placement.costs import linear_costs, once_cost, once_rows
+from gossamer.parallel.placement.costs import linear_costs, once_cost, once_rows, rank_loads
 from gossamer.parallel.placement.placement import Placement
 from gossamer.parallel.placement.problem import DISPATCHES, INDEX_BYTES, Problem, Topology
 from numpy.typing import NDArray
@@ -86,14 +86,6 @@ def _expected_cost(problem: Problem, layer: int, rank_E: NDArray[np.int64]) -> f
     """Cost of a layer's bytes when every rank is as likely to hold a token."""
     linear = linear_costs(problem, layer)[np.arange(len(rank_E)), rank_E].sum()
     return float(linear) + once_cost(problem) * once_rows(problem, layer, rank_E)
-
-
-def rank_loads(
-    load_LE: NDArray[np.int64], rank_LE: NDArray[np.int64], ranks: int
-) -> NDArray[np.int64]:
-    """Pairs of each rank, [L, R]."""
-    loads = [np.bincount(r, w, ranks) for r, w in zip(rank_LE, load_LE, strict=True)]
-    return np.stack(loads).round().astype(np.int64)
 
 
 def layer_bytes(problem: Problem, layer: int, rank_E: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -25,13 +25,13 @@ from gossamer.parallel.placement.bound import (
     bytes_bound,
     joint_bound,
 )
-from gossamer.parallel.placement.costs import link_costs, load_limits
-from gossamer.parallel.placement.eplb import rebalance
+from gossamer.parallel.placement.costs import link_costs, load_limits, rank_loads
+from gossamer.parallel.placement.eplb import without_replicas
 from gossamer.parallel.placement.greedy import balanced
 from gossamer.parallel.placement.local import search_joint, search_layers
 from gossamer.parallel.placement.placement import Placement, contiguous, from_ranks
 from gossamer.parallel.placement.problem import Problem
-from gossamer.parallel.placement.score import rank_loads, score
+from gossamer.parallel.placement.score import score
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
@@ -95,11 +95,8 @@ def _contiguous(problem: Problem, budget: Budget) -> Solved:
 
 def _eplb(problem: Problem, budget: Budget) -> Solved:
     """Hierarchical with a group of experts for each node, or global if that is better balanced."""
-    nodes, ranks = problem.topology.nodes, problem.topology.ranks
-    tables = []
-    for groups, over in ((nodes, nodes), (1, 1)):
-        slots_LP = rebalance(problem.load_LE, problem.experts, groups, over, ranks).slots_LP
-        tables.append(np.argsort(slots_LP, axis=1) // problem.slots_per_rank)
+    ranks = problem.topology.ranks
+    tables = without_replicas(problem.load_LE, problem.topology.nodes, ranks)
     table = min(tables, key=lambda t: rank_loads(problem.load_LE, t, ranks).max(1).sum())
     return Solved(table, *_bound(problem, budget))
 
@@ -193,12 +190,12 @@ def _balanced(problem: Problem, budget: Budget) -> Ints:
     """LPT and swaps, shaken for a quarter of the time left, no worse than EPLB."""
     ranks, count = problem.topology.ranks, len(problem.layers)
     until_s = perf_counter() + budget.left_s / 4
-    eplb_LE = np.argsort(rebalance(problem.load_LE, problem.experts, 1, 1, ranks).slots_LP, axis=1)
+    tables = without_replicas(problem.load_LE, problem.topology.nodes, ranks)
     table = []
     for layer, load_E in enumerate(problem.load_LE):
         share_s = max(0.0, until_s - perf_counter()) / (count - layer)
-        start_E = eplb_LE[layer] // problem.slots_per_rank
-        table.append(balanced(load_E, ranks, budget.gap, perf_counter() + share_s, start_E))
+        starts = [eplb_LE[layer] for eplb_LE in tables]
+        table.append(balanced(load_E, ranks, budget.gap, perf_counter() + share_s, starts))
     return np.stack(table)
 
 
