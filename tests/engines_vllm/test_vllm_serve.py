@@ -7,10 +7,12 @@ started by the module that the command runs.
 import importlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -72,17 +74,24 @@ def complete(url, prompt_ids, max_tokens):
         "ignore_eos": True,
         "return_token_ids": True,
     }
-    return tuple(Server(url, 60).post("/v1/completions", body)["choices"][0]["token_ids"])
+    return Server(url, 60).post("/v1/completions", body)["choices"][0]
+
+
+def wait_until_it_runs(url):
+    running = re.compile(rb"^vllm:num_requests_running\{.*\} [1-9]", re.MULTILINE)
+    while not running.search(urllib.request.urlopen(f"{url}/metrics").read()):
+        time.sleep(0.01)
 
 
 def test_a_server_follows_a_log(trained, url, vllm_here):  # noqa: F811
     told = []
 
-    def follow_to_the_head():
+    def follow_to_the_head(mode="keep"):
         head = trained.log.head()
         follow(
             trained.log.url,
             url,
+            mode=mode,
             on_progress=told.append,
             until=lambda live: live == head,
             audit_every_versions=1,
@@ -97,7 +106,7 @@ def test_a_server_follows_a_log(trained, url, vllm_here):  # noqa: F811
     thread.start()
     follow_to_the_head()
     thread.join()
-    assert len(long[0]) == 400  # in flight over three commits
+    assert len(long[0]["token_ids"]) == 400  # in flight over three commits
     assert [each.version for each in told[3:]] == [1, 2, 3]
     assert all(0 < each.commit_s < each.pause_s for each in told[2:]), told
     with urllib.request.urlopen(f"{url}/weight_info") as answer:
@@ -115,4 +124,16 @@ def test_a_server_follows_a_log(trained, url, vllm_here):  # noqa: F811
         engine.stage(version)
         engine.commit()
     for asked, sample in zip(requests(2), engine.generate(requests(2)), strict=True):
-        assert complete(url, asked.prompt_ids, 24) == sample.token_ids
+        assert tuple(complete(url, asked.prompt_ids, 24)["token_ids"]) == sample.token_ids
+
+    for mode, reason in (("wait", "length"), ("abort", "abort")):
+        trained.step()
+        ended = []
+        thread = threading.Thread(target=lambda: ended.append(complete(url, (3, 4, 5), 500)))  # noqa: B023
+        thread.start()
+        wait_until_it_runs(url)
+        follow_to_the_head(mode)
+        thread.join()
+        assert ended[0]["finish_reason"] == reason
+        assert (len(ended[0]["token_ids"]) == 500) == (mode == "wait"), mode
+        assert told[-1].event == "committed"
