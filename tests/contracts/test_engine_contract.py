@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from engine_rows import Snapshot, assert_close, different, rows_in, share_rows, whole
 from gloo_world import run_world
 from gossamer.comm.names import logical_views
 from gossamer.parallel.config import ParallelConfig
@@ -25,7 +26,6 @@ from gossamer.trainer.moe.experts import GroupedExperts
 from gossamer.trainer.moe.router import RouterSpec
 from gossamer.trainer.moe.routers.topk_softmax import TopKSoftmaxRouter
 from gossamer.trainer.optim import build_adamw, decays
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 NAMES = [*ENGINES, *filter(None, [os.environ.get("GOSSAMER_ENGINE")])]
@@ -44,9 +44,6 @@ LAYOUTS = {
 """(data, expert, ZeRO stage, compute dtype)"""
 CLOSE = {"float32": 1e-5, "bfloat16": 2e-2}
 """Relative, by compute dtype."""
-
-Snapshot = dict[str, Tensor]
-"""Owned rows by kind|name|row_start."""
 
 
 class TinyMoE(nn.Module):
@@ -133,39 +130,6 @@ class World:
         offset = self.dims.local_experts(E).start
         views = logical_views(self.model.named_parameters(), offset)
         return {name: view.clone() for name, view in views.items()}
-
-
-def different(before: Snapshot, after: Snapshot) -> list[str]:
-    """Keys that are not in both with the same bits."""
-    same = [k for k in before.keys() & after.keys() if torch.equal(bits(before[k]), bits(after[k]))]
-    return sorted((before.keys() | after.keys()) - set(same))
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
-def share_rows(folder: Path, rank: int, snapshot: Snapshot) -> None:
-    folder.mkdir(exist_ok=True)
-    save_file(snapshot, folder / f"{rank}.safetensors")
-    dist.barrier()
-
-
-def rows_in(folder: Path) -> Callable[[str, int, int], Owned]:
-    """Reads rows that all ranks of some world have shared in a folder."""
-    pieces: dict[tuple[str, str], dict[int, Tensor]] = {}
-    for path in folder.iterdir():
-        for key, values in load_file(path).items():
-            kind, name, start = key.split("|")
-            pieces.setdefault((name, kind), {})[int(start)] = values
-    whole = {key: torch.cat([rows[s] for s in sorted(rows)]) for key, rows in pieces.items()}
-
-    def read(name: str, start: int, stop: int) -> Owned:
-        kinds = {kind: t[start:stop] for (n, kind), t in whole.items() if n == name}
-        shape = tuple(whole[name, "master"].shape)
-        return Owned(name, shape, start, stop, kinds.pop("master"), kinds)
-
-    return read
 
 
 def go_through_everything(
@@ -302,22 +266,6 @@ def ranks(layout, engine_name, writer, tmp_path_factory) -> list[dict]:
         return writer[0]
     folder, written = tmp_path_factory.mktemp("layout"), str(writer[1] / "one")
     return run_world(go_through_everything, 2, engine_name, layout, str(folder), written)
-
-
-def whole(ranks: list[dict], when: str) -> dict[str, Tensor]:
-    """Whole tensors of a snapshot, by kind|name, from the rows of all ranks."""
-    pieces: dict[str, dict[int, Tensor]] = {}
-    for rank in ranks:
-        for key, values in rank[when].items():
-            stem, _, start = key.rpartition("|")
-            pieces.setdefault(stem, {})[int(start)] = values
-    return {stem: torch.cat([rows[s] for s in sorted(rows)]) for stem, rows in pieces.items()}
-
-
-def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], bound: float) -> None:
-    assert found.keys() == expected.keys()
-    for key, tensor in expected.items():
-        assert (found[key] - tensor).norm() <= bound * tensor.norm(), key
 
 
 def test_it_needs_no_compiler(writer):
