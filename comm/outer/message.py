@@ -6,8 +6,9 @@ norms that the sender found once in float64; so all who read it do the same sums
 Of a frame's header `version` is the round, `base_version` the same with the hash of the weights
 that the round began with, `step` the sender's inner steps so far, `writer_epoch` its incarnation,
 `part` and `num_parts` its rank and the ranks of its replica, `num_changed` all values sent. The
-table's "about" holds `replica`, `tokens`, and one entry a run of `ks` (0: dense) and `norms`. Runs
-are coded by `topk` (sparse.py) or whole by `dense`, in float32 or bfloat16.
+table's "about" holds `replica`, `tokens` (of its stream: before the round, and in it) and one entry
+a run of `ks` (0: dense) and `norms`. Runs are coded by `topk` (sparse.py) or whole by `dense`, in
+float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Message:
     """Hash of the weights that the round began with, 16 hex digits."""
     inner_steps: int
     """Of the sender so far."""
+    tokens_before: int = 0
+    """Of the sender's stream, trained before this round."""
     tokens: int
     """Trained by the sender in this round."""
     sent: list[Sent]
@@ -132,7 +135,7 @@ def pack_message(message: Message, sign: Callable[[bytes], bytes] | None = None)
         runs=runs,
         about={
             "replica": message.replica,
-            "tokens": message.tokens,
+            "tokens": [message.tokens_before, message.tokens],
             "ks": [by_run[id(run)].k for run in runs],
             "norms": [by_run[id(run)].norm for run in runs],
         },
@@ -142,13 +145,13 @@ def pack_message(message: Message, sign: Callable[[bytes], bytes] | None = None)
 
 def unpack_message(
     data: bytes,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    shapes: Mapping[str, tuple[int, ...]],
     verifier: Verifier | None = None,
 ) -> Message:
     """Reads and checks a message: digest, every run, every norm, and that no row is told twice.
 
-    With `shapes` tensors of other names or shapes are refused before anything is decoded; with
-    `verifier` what it did not sign. Raises WireError, SignatureError.
+    Tensors that `shapes` lacks are refused before anything is decoded, and with `verifier` what it
+    did not sign. Raises WireError, SignatureError.
     """
     if verifier is not None:
         verifier.check(bytes.fromhex(frame_digest(data)), frame_signature(data), "a message")
@@ -156,8 +159,8 @@ def unpack_message(
     replica, tokens, ks, norms = _read_about(frame.about, len(frame.runs))
     _expect(frame.base_version == frame.version, "it goes on another round")
     for run in frame.runs:
-        fits = shapes is None or shapes.get(run.name) == run.shape
-        _expect(fits, f"nothing is known of a tensor {run.name} of shape {run.shape}")
+        is_known = shapes.get(run.name) == run.shape
+        _expect(is_known, f"no tensor is called {run.name} and has shape {run.shape}")
     twice = overlap(frame.runs)
     _expect(twice is None, f"rows are told twice: {twice}")
     counted = sum(run.count for run in frame.runs)
@@ -171,7 +174,8 @@ def unpack_message(
         incarnation=frame.writer_epoch,
         base_hash=frame.base_state_hash or "",
         inner_steps=frame.step,
-        tokens=tokens,
+        tokens_before=tokens[0],
+        tokens=tokens[1],
         sent=[_read_sent(*each) for each in zip(frame.runs, ks, norms, strict=True)],
     )
 
@@ -198,11 +202,13 @@ def _read_sent(run: Run, k: int, norm: float) -> Sent:
     return Sent(run, k, positions, values, norm)
 
 
-def _read_about(about: Any, num_runs: int) -> tuple[str, int, list[int], list[float]]:  # noqa: ANN401
+def _read_about(about: Any, num_runs: int) -> tuple[str, list[int], list[int], list[float]]:  # noqa: ANN401
     _expect(isinstance(about, dict), "about must be an object")
     replica, tokens, ks, norms = (about.get(key) for key in ("replica", "tokens", "ks", "norms"))
     _expect(isinstance(replica, str) and bool(replica), "replica must be a name")
-    _expect(type(tokens) is int and 0 <= tokens < 2**62, "tokens must be a count")
+    are_counts = isinstance(tokens, list) and len(tokens) == 2
+    are_counts = are_counts and all(type(each) is int and 0 <= each < 2**61 for each in tokens)
+    _expect(are_counts, "tokens must be two counts")
     are_lists = isinstance(ks, list) and isinstance(norms, list)
     _expect(are_lists and len(ks) == len(norms) == num_runs, "ks and norms must have one each run")
     _expect(all(type(k) is int and 0 <= k <= BLOCK for k in ks), f"ks must be from 0 to {BLOCK}")

@@ -10,7 +10,7 @@ empty.
 from __future__ import annotations
 
 from gossamer.comm.codec.kernels import compiled
-from gossamer.comm.outer.vectors import as_float, as_pattern
+from gossamer.comm.outer.vectors import as_pattern, sum_from
 from numba import float32 as f32
 from numba import uint64 as u64
 
@@ -32,29 +32,23 @@ def nearest_level(value):
 
 
 @compiled
-def level_value(level):
-    """The float32 of a level."""
-    return as_float(u64(level) << u64(LEVEL_SHIFT))
+def level_pattern(level):
+    """The pattern of a level's float32."""
+    return u64(level) << u64(LEVEL_SHIFT)
 
 
 @compiled
-def two_means(values, count):
-    """The means of the lower and the upper part of values [0, count), patterns of magnitudes."""
-    total = 0.0
-    for i in range(count):
-        total += as_float(u64(values[i]))
-    split = lower = upper = f32(total / count)
+def two_means(values, padded):
+    """The means of the lower and the upper part of values [0, padded), patterns of magnitudes
+    and zeros, which do not count."""
+    count, total = sum_from(values, padded, u64(1))
+    split = lower = upper = f32(total / f32(count))
     for _ in range(ITERATIONS):
-        above, num_above = 0.0, u64(0)
-        for i in range(count):
-            value = as_float(u64(values[i]))
-            is_above = value >= split
-            above += value if is_above else f32(0)
-            num_above += u64(is_above)
+        num_above, above = sum_from(values, padded, as_pattern(split))
         if num_above == 0 or num_above == count:
             break
-        upper = f32(above / num_above)
-        lower = f32((total - above) / (count - num_above))
+        upper = f32(above / f32(num_above))
+        lower = f32((total - above) / f32(count - num_above))
         last, split = split, f32(0.5) * lower + f32(0.5) * upper
         if split == last:
             break
@@ -62,9 +56,9 @@ def two_means(values, count):
 
 
 @compiled
-def two_levels(values, count):
-    """(upper level, steps down to the lower one) for values [0, count), patterns of magnitudes."""
-    lower, upper = two_means(values, count)
+def two_levels(values, padded):
+    """(upper level, steps down to the lower one) for values [0, padded), as in `two_means`."""
+    lower, upper = two_means(values, padded)
     top = nearest_level(upper)
     if top == 0:
         return top, u64(0)

@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from gossamer.comm.codec.bits import tensor_bits
-from gossamer.comm.outer.stream import OUT_OF_BOUNDS, code_run, read_run
+from gossamer.comm.outer.quantise import HEAD_BITS
+from gossamer.comm.outer.stream import FAULTS, code_run, read_run
 from gossamer.comm.run import WireError
 
 BLOCK = 4096
@@ -39,12 +41,11 @@ class Sparse:
     """Flat index in the rows, uint32, each once, block by block."""
     values: np.ndarray
     """Dequantised, fp32, none of them 0, [len(positions)]."""
-    payload: bytes = b""
+    payload: bytes | memoryview
     """Their code."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+class Cut(NamedTuple):
     """How rows are cut in blocks: each is `pieces` pieces of `piece` elements, `stride` apart."""
 
     num_blocks: int
@@ -79,22 +80,18 @@ def compress(rows: torch.Tensor, k: int) -> Sparse:
     _check_k(k)
     num_rows = rows.shape[0] if rows.dim() > 1 else 1
     bits = tensor_bits(rows)
-    cut = Cut.of(num_rows, len(bits) // num_rows)
+    num_rows = rows.shape[0] if rows.dim() > 1 else 1
+    cut, rice = Cut.of(num_rows, len(bits) // num_rows), rice_bits(k)
     room = cut.num_blocks * k
-    rice = rice_bits(k)
-    # a block's gaps add up to at most its size
-    words = np.empty(
-        cut.num_blocks * (17 + rice + (BLOCK >> rice)) // 64 + room * (rice + 3) // 64 + 4,
-        np.uint64,
-    )
+    # zeros of all gaps in a block, and of the one to its end, are at most its size >> rice
+    num_bits = cut.num_blocks * (HEAD_BITS + rice + 1 + (BLOCK >> rice)) + room * (rice + 3)
+    words = np.empty(num_bits // 64 + 2, np.uint64)
     positions, values = np.empty(room, np.uint32), np.empty(room, np.float32)
     count, num_bits = code_run(
-        bits, k, rice, cut.num_blocks, cut.pieces, cut.piece, cut.stride, positions, values, words
-    )
+        bits, k, rice, *cut, positions, values.view(np.uint32), words
+    )  # fmt: skip
     if count < 0:
-        raise ValueError(
-            f"element {num_bits} of the rows is not finite: NaN and infinity cannot be sent"
-        )
+        raise ValueError(f"element {num_bits} is not finite: NaN and infinity cannot be sent")
     payload = words.view(np.uint8)[: (num_bits + 7) // 8].tobytes() if count else b""
     return Sparse(positions[:count].copy(), values[:count].copy(), payload)
 
@@ -108,17 +105,16 @@ def decompress(
     rice = rice_bits(k)
     if count * (rice + 3) > 8 * len(payload):
         raise WireError(f"{len(payload)} bytes cannot hold {count} values")
-    cut = Cut.of(num_rows, row_elements)
     words = np.zeros(len(payload) // 8 + 3, np.uint64)
     words.view(np.uint8)[: len(payload)] = np.frombuffer(payload, np.uint8)
     positions, values = np.empty(count, np.uint32), np.empty(count, np.float32)
     status = read_run(
-        words, 8 * len(payload), num_rows * row_elements, k, rice, cut.num_blocks, cut.pieces,
-        cut.piece, cut.stride, positions, values,
+        words, 8 * len(payload), num_rows * row_elements, k, rice, *Cut.of(num_rows, row_elements),
+        positions, values.view(np.uint32),
     )  # fmt: skip
     if status < 0:
-        raise WireError(f"values of top-k are broken: {OUT_OF_BOUNDS[status]}")
-    return Sparse(positions, values, bytes(payload))
+        raise WireError(f"values of top-k are broken: {FAULTS[status]}")
+    return Sparse(positions, values, payload)
 
 
 def norm_of(values: np.ndarray) -> float:

@@ -13,11 +13,11 @@ from gossamer.comm.outer.quantise import (
     MAX_LEVEL,
     MAX_STEPS,
     STEP_BITS,
-    level_value,
+    level_pattern,
     two_levels,
 )
-from gossamer.comm.outer.topk import select, threshold_guess
-from gossamer.comm.outer.vectors import LANES, as_float, take_magnitudes, trailing_zeros
+from gossamer.comm.outer.topk import pad, select, threshold_guess
+from gossamer.comm.outer.vectors import LANES, as_float, as_pattern, take_magnitudes, trailing_zeros
 from numba import float32 as f32
 from numba import uint64 as u64
 
@@ -27,7 +27,7 @@ SIZE = 4096
 
 # what read_run returns instead of 0
 BAD_LEVELS, BAD_GAP, BAD_COUNT, BAD_END = -1, -2, -3, -4
-OUT_OF_BOUNDS = {
+FAULTS = {
     BAD_LEVELS: "levels that are not finite or not above 0",
     BAD_GAP: "a position leaves its block",
     BAD_COUNT: "another number of values than promised",
@@ -52,26 +52,19 @@ def kept_of(size, k):
 
 
 @compiled
-def load_block(bits, begin, size, pieces, piece, stride, block):
-    """Copies the magnitudes of a block, zeros behind them up to whole strides; returns (padded
+def load_block(bits, begin, size, pieces, stride, block):
+    """Copies the magnitudes of a block, zeros behind them up to whole vectors; returns (padded
     size, the greatest, their sum)."""
-    if pieces == u64(1):
-        whole = size & ~u64(LANES - 1)
-        greatest, total = take_magnitudes(bits, begin, block, u64(0), whole)
-        for i in range(whole, size):
-            block[i] = bits[begin + i] & u64(SIGN - 1)
-            greatest = max(greatest, u64(block[i]))
-            total += as_float(u64(block[i]))
-        padded = (size + u64(LANES - 1)) & ~u64(LANES - 1)
-        for i in range(size, padded):
-            block[i] = 0
-        return padded, greatest, total
-    greatest, total = u64(0), f32(0)
-    for row in range(pieces):
-        high, some = take_magnitudes(bits, begin + row * stride, block, row * piece, piece)
-        greatest = max(greatest, high)
-        total += some
-    return size, greatest, total
+    if pieces > u64(1):
+        greatest, total = take_magnitudes(bits, begin, stride, block, pieces)
+        return size, greatest, total
+    whole = size // u64(LANES)
+    greatest, total = take_magnitudes(bits, begin, u64(LANES), block, whole)
+    for i in range(whole * u64(LANES), size):
+        block[i] = bits[begin + i] & u64(SIGN - 1)
+        greatest = max(greatest, u64(block[i]))
+        total += as_float(u64(block[i]))
+    return pad(block, size), greatest, total
 
 
 @compiled
@@ -96,10 +89,11 @@ def put_gap(words, filled, gap, rice, tail, num_tail):
 
 
 @compiled
-def code_run(bits, k, rice, num_blocks, pieces, piece, stride, positions, values, words):
+def code_run(bits, k, rice, num_blocks, pieces, piece, stride, positions, patterns, words):
     """Keeps and codes all blocks of `bits`; returns (how many were kept, bits of the code), or (-1,
     index) of an element that is not finite."""
     pieces, piece, stride, rice = u64(pieces), u64(piece), u64(stride), u64(rice)
+    shift, mask = trailing_zeros(piece), piece - u64(1)
     block = np.empty(SIZE, np.uint32)
     found = np.empty(SIZE + LANES, np.uint32)
     places = np.empty(SIZE + LANES, np.uint32)
@@ -108,7 +102,7 @@ def code_run(bits, k, rice, num_blocks, pieces, piece, stride, positions, values
     for index in range(u64(0), u64(num_blocks)):
         begin = block_begin(index, pieces, piece, stride)
         size = u64(SIZE) if pieces > u64(1) else min(u64(SIZE), u64(len(bits)) - begin)
-        padded, greatest, total = load_block(bits, begin, size, pieces, piece, stride, block)
+        padded, greatest, total = load_block(bits, begin, size, pieces, stride, block)
         if greatest >= u64(INFINITY):
             return np.int64(-1), first_not_finite(bits)
         top, steps, count = u64(0), u64(0), u64(0)
@@ -116,26 +110,24 @@ def code_run(bits, k, rice, num_blocks, pieces, piece, stride, positions, values
             guess = threshold_guess(total, size, ratio)
             count, least = select(block, padded, kept_of(size, k), greatest, guess, found, places)
             ratio = f32(0.9) * as_float(least) * f32(size) / total
-            top, steps = two_levels(found, count)
+            top, steps = two_levels(found, (count + u64(LANES - 1)) & ~u64(LANES - 1))
         filled = put(words, filled, steps | (top << u64(STEP_BITS)), HEAD_BITS)
         if top == u64(0):
             continue
-        upper, lower = level_value(top), level_value(top - steps)
-        middle = f32(0.5) * lower + f32(0.5) * upper
+        upper, lower = level_pattern(top), level_pattern(top - steps)
+        middle = as_pattern(f32(0.5) * as_float(lower) + f32(0.5) * as_float(upper))
         gap_from = u64(0)
         for i in range(count):
             place = u64(places[i])
-            at = begin + (place >> u64(6)) * stride + (place & u64(63))
-            if pieces == u64(1):
-                at = begin + place
-            is_upper = u64(as_float(u64(found[i])) >= middle)
+            at = begin + (place >> shift) * stride + (place & mask)
+            # levels and signs are anyone's guess: no branch
+            is_upper = u64(u64(found[i]) >= middle)
             sign = u64(bits[at]) >> u64(31)
             tail = is_upper | (sign << u64(1))
             filled = put_gap(words, filled, place - gap_from, rice, tail, u64(2))
             gap_from = place + u64(1)
-            value = upper if is_upper else lower
             positions[kept] = at
-            values[kept] = -value if sign else value
+            patterns[kept] = (lower + is_upper * (upper - lower)) | (sign << u64(31))
             kept += u64(1)
         if count < kept_of(size, k):
             filled = put_gap(words, filled, size - gap_from, rice, u64(0), u64(0))
@@ -159,57 +151,67 @@ def peek(words, at):
 
 
 @compiled
+def read_gap(words, at, stop, rice, size):
+    """(a gap, the bit behind it); beyond `stop` where the bits end before it does, and a gap above
+    `size` where more zeros come than a block has room for."""
+    zeros, word = u64(0), peek(words, at)
+    while word == u64(0):
+        zeros += u64(64)
+        at += u64(64)
+        if at >= stop or zeros << rice > size:
+            return size + u64(1), at
+        word = peek(words, at)
+    low = trailing_zeros(word)
+    at += low + u64(1)
+    if at + rice > stop:
+        return size + u64(1), stop + u64(1)
+    rest = peek(words, at) & ((u64(1) << rice) - u64(1))
+    return ((zeros + low) << rice) | rest, at + rice
+
+
+@compiled
 def read_run(
-    words, num_bits, elements, k, rice, num_blocks, pieces, piece, stride, positions, values
+    words, num_bits, elements, k, rice, num_blocks, pieces, piece, stride, positions, patterns
 ):
-    """Fills `positions` and `values` from the bits; returns 0, or why that is impossible. `words`
-    has two more than the bits need."""
+    """Fills `positions` and `patterns` (of fp32) from the bits; returns 0, or why it cannot be.
+
+    `words` are at least 130 bits longer than the bits, all 0.
+    """
     pieces, piece, stride, rice = u64(pieces), u64(piece), u64(stride), u64(rice)
+    shift, mask = trailing_zeros(piece), piece - u64(1)
     at, kept, stop, room = u64(0), u64(0), u64(num_bits), u64(len(positions))
-    low_bits = (u64(1) << rice) - u64(1)
     for index in range(u64(0), u64(num_blocks)):
         if at + u64(HEAD_BITS) > stop:
             return BAD_END
         head = peek(words, at) & u64((1 << HEAD_BITS) - 1)
         at += u64(HEAD_BITS)
         top, steps = head >> u64(STEP_BITS), head & u64(MAX_STEPS)
-        if top > u64(MAX_LEVEL) or (steps >= top and head > u64(0)):
-            return BAD_LEVELS
-        if top == u64(0):
+        if head == u64(0):
             continue
+        if top > u64(MAX_LEVEL) or steps >= top:
+            return BAD_LEVELS
+        upper, lower = level_pattern(top), level_pattern(top - steps)
         begin = block_begin(index, pieces, piece, stride)
-        size = u64(SIZE) if pieces > u64(1) else min(u64(SIZE), u64(elements) - begin)
-        upper, lower = level_value(top), level_value(top - steps)
-        place, most, num = u64(0), kept_of(size, k), u64(0)
-        while num < most:
-            word = peek(words, at)
-            zeros = trailing_zeros(word)
-            while word == u64(0) and at < stop and (zeros << rice) <= size:
-                at += u64(64)
-                word = peek(words, at) if at < stop else u64(0)
-                zeros += trailing_zeros(word)
-            at += (trailing_zeros(word)) + u64(1)
-            if at + rice > stop:
+        size = min(u64(SIZE), u64(elements) - begin) if pieces == u64(1) else u64(SIZE)
+        place, first, most = u64(0), kept, kept + kept_of(size, k)
+        while kept < most:
+            gap, at = read_gap(words, at, stop, rice, size)
+            place += gap
+            if at > stop:
                 return BAD_END
-            place += (zeros << rice) | (peek(words, at) & low_bits)
-            at += rice
             if place >= size:
-                if place > size or num == u64(0):
-                    return BAD_GAP
                 break
             if kept == room:
                 return BAD_COUNT
             tail = peek(words, at)
             at += u64(2)
-            flat = begin + place
-            if pieces > u64(1):
-                flat = begin + (place >> u64(6)) * stride + (place & u64(63))
-            positions[kept] = flat
-            value = upper if tail & u64(1) else lower
-            values[kept] = -value if tail & u64(2) else value
+            positions[kept] = begin + (place >> shift) * stride + (place & mask)
+            pattern = lower + (tail & u64(1)) * (upper - lower)
+            patterns[kept] = pattern | ((tail & u64(2)) << u64(30))
             kept += u64(1)
-            num += u64(1)
             place += u64(1)
-    if at > stop or at + u64(8) <= stop or (stop > at and peek(words, at) != u64(0)):
+        if place > size or kept == first:
+            return BAD_GAP
+    if at > stop or at + u64(8) <= stop or peek(words, at) != u64(0):
         return BAD_END
     return 0 if kept == room else BAD_COUNT

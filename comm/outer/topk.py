@@ -8,7 +8,7 @@ k-th greatest of those few is found by bisection of their patterns.
 from __future__ import annotations
 
 from gossamer.comm.codec.kernels import compiled
-from gossamer.comm.outer.vectors import LANES, as_pattern, count_from, list_from
+from gossamer.comm.outer.vectors import LANES, as_pattern, list_from, sum_from
 from numba import float32 as f32
 from numba import uint64 as u64
 
@@ -25,7 +25,7 @@ def near_threshold(block, count, k, greatest, guess):
     down = up = False
     guess = min(max(u64(guess), low), u64(greatest))
     while low < high:
-        reached = count_from(block, count, guess)
+        reached, _ = sum_from(block, count, guess)
         if reached < k:
             high, down = guess, True
         elif reached > most:
@@ -49,23 +49,23 @@ def select(block, count, k, greatest, guess, values, places):
     """Writes the k greatest of block [0, count) (fewer where fewer are not zero) and their places,
     ascending; returns (how many, the least of them).
 
-    `values` and `places` have room for `count` + LANES.
+    `values` and `places` have room for `count` + LANES; zeros follow up to a whole vector.
     """
     least = near_threshold(block, count, k, greatest, guess)
     found = list_from(block, count, least, values, places)
+    padded = pad(values, found)
     if found <= k:
         return found, least
-    for lane in range(LANES):
-        values[found + u64(lane)] = 0
-    padded = (found + u64(LANES - 1)) & ~u64(LANES - 1)
     low, high = least, u64(greatest) + u64(1)
     while high - low > u64(1):
         middle = (low + high) >> u64(1)
-        if count_from(values, padded, middle) >= k:
+        reached, _ = sum_from(values, padded, middle)
+        if reached >= k:
             low = middle
         else:
             high = middle
-    ties = u64(k) - count_from(values, padded, high)
+    above, _ = sum_from(values, padded, high)
+    ties = u64(k) - above
     kept = u64(0)
     for i in range(found):
         # whether it stays is anyone's guess: no branch
@@ -73,7 +73,17 @@ def select(block, count, k, greatest, guess, values, places):
         values[kept], places[kept] = value, places[i]
         kept += u64(value > low) | (is_tie & u64(ties > 0))
         ties -= is_tie & u64(ties > 0)
+    pad(values, kept)
     return kept, low
+
+
+@compiled
+def pad(values, count):
+    """Writes zeros behind values [0, count) up to whole vectors; returns where these end."""
+    padded = (u64(count) + u64(LANES - 1)) & ~u64(LANES - 1)
+    for i in range(u64(count), padded):
+        values[i] = 0
+    return padded
 
 
 @compiled

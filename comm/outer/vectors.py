@@ -1,8 +1,8 @@
-"""Sixteen magnitudes at once: the two passes over every element of a block, as LLVM vectors.
+"""Sixty-four magnitudes at once: the passes over all elements of a block, as LLVM vectors.
 
 The one idea: a float's pattern without its sign is ordered as its magnitude is, so magnitudes are
-compared as integers, and a comparison of sixteen is one word of bits. Plain LLVM, nothing of one
-processor; arrays are padded to whole strides by whoever calls.
+compared as integers. Plain LLVM, nothing of one processor: it makes of a vector whatever the
+processor has. Arrays are padded to whole vectors by whoever calls.
 """
 
 from __future__ import annotations
@@ -14,55 +14,63 @@ from numba import uint64 as u64
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 16
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_V32, _F32 = ir.VectorType(_I32, LANES), ir.VectorType(ir.FloatType(), LANES)
+LANES = 64
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_V32, _VF = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
 
 @intrinsic
-def take_magnitudes(context, source, begin, block, at, count):
-    """Writes the patterns source [begin, begin + count) without signs to `block` from `at` on;
-    returns (the greatest of them, their sum as floats). `count` is a multiple of LANES."""
+def take_magnitudes(context, source, begin, stride, block, count):
+    """Copies `count` times LANES patterns, those of source [begin, begin + LANES) and on from
+    `stride` later each time, without signs to `block`; returns (the greatest, their sum)."""
 
     def generate(context, builder, signature, arguments):
+        source, begin, stride, block, count = arguments
         greatest = cgutils.alloca_once_value(builder, _V32([0] * LANES))
-        total = cgutils.alloca_once_value(builder, _F32([0.0] * LANES))
-        pairs = zip(signature.args[:4:2], arguments[:4:2], arguments[1:4:2], strict=True)
-        source, block = (_place(context, builder, *each) for each in pairs)
-        umax = _function(builder, "llvm.umax.v16i32", _V32, [_V32, _V32])
-        with cgutils.for_range(builder, builder.udiv(arguments[4], _I64(LANES))) as loop:
-            values = builder.load(builder.gep(source, [loop.index]), align=4)
-            values = builder.and_(values, _V32([0x7FFFFFFF] * LANES))
-            builder.store(values, builder.gep(block, [loop.index]), align=4)
+        total = cgutils.alloca_once_value(builder, _VF([0.0] * LANES))
+        target = _place(context, builder, signature.args[3], block, _I64(0))
+        umax = _function(builder, f"llvm.umax.v{LANES}i32", _V32, [_V32, _V32])
+        with cgutils.for_range(builder, count) as loop:
+            at = builder.add(begin, builder.mul(loop.index, stride))
+            place = _place(context, builder, signature.args[0], source, at)
+            values = builder.and_(builder.load(place, align=4), _V32([0x7FFFFFFF] * LANES))
+            builder.store(values, builder.gep(target, [loop.index]), align=4)
             builder.store(builder.call(umax, [builder.load(greatest), values]), greatest)
-            sums = builder.fadd(builder.load(total), builder.bitcast(values, _F32))
+            sums = builder.fadd(builder.load(total), builder.bitcast(values, _VF))
             builder.store(sums, total)
-        reduce_max = _function(builder, "llvm.vector.reduce.umax.v16i32", _I32, [_V32])
+        reduce_max = _function(builder, f"llvm.vector.reduce.umax.v{LANES}i32", _I32, [_V32])
         highest = builder.zext(builder.call(reduce_max, [builder.load(greatest)]), _I64)
-        total = builder.load(total)
-        lanes = [builder.extract_element(total, _I32(lane)) for lane in range(LANES)]
-        while len(lanes) > 1:
-            lanes = [builder.fadd(a, b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
-        return context.make_tuple(builder, signature.return_type, [highest, lanes[0]])
+        pair = [highest, _sum(builder, builder.load(total))]
+        return context.make_tuple(builder, signature.return_type, pair)
 
     returned = types.Tuple([types.uint64, types.float32])
-    return returned(source, types.uint64, block, types.uint64, types.uint64), generate
+    return returned(source, types.uint64, types.uint64, block, types.uint64), generate
 
 
 @intrinsic
-def count_from(context, block, count, least):
-    """How many of block [0, count) are `least` or more. `count` is a multiple of LANES."""
+def sum_from(context, block, count, least):
+    """How many of block [0, count) are `least` or more, and their sum as floats."""
 
     def generate(context, builder, signature, arguments):
-        block = _place(context, builder, signature.args[0], arguments[0], _I64(0))
+        place = _place(context, builder, signature.args[0], arguments[0], _I64(0))
         bound = _spread(builder, arguments[2])
-        total = cgutils.alloca_once_value(builder, _I64(0))
-        with cgutils.for_range(builder, builder.udiv(arguments[1], _I64(LANES))) as loop:
-            word = _reach(builder, builder.gep(block, [loop.index]), bound)
-            builder.store(builder.add(builder.load(total), builder.ctpop(word)), total)
-        return builder.load(total)
+        number = cgutils.alloca_once_value(builder, _V32([0] * LANES))
+        total = cgutils.alloca_once_value(builder, _VF([0.0] * LANES))
+        with cgutils.for_range(builder, _vectors(builder, arguments[1])) as loop:
+            values = builder.load(builder.gep(place, [loop.index]), align=4)
+            reach = builder.icmp_unsigned(">=", values, bound)
+            more = builder.add(builder.load(number), builder.zext(reach, _V32))
+            builder.store(more, number)
+            kept = builder.select(reach, values, _V32([0] * LANES))
+            kept = builder.fadd(builder.load(total), builder.bitcast(kept, _VF))
+            builder.store(kept, total)
+        add_up = _function(builder, f"llvm.vector.reduce.add.v{LANES}i32", _I32, [_V32])
+        number = builder.zext(builder.call(add_up, [builder.load(number)]), _I64)
+        pair = [number, _sum(builder, builder.load(total))]
+        return context.make_tuple(builder, signature.return_type, pair)
 
-    return types.uint64(block, types.uint64, types.uint64), generate
+    returned = types.Tuple([types.uint64, types.float32])
+    return returned(block, types.uint64, types.uint64), generate
 
 
 @intrinsic
@@ -71,9 +79,20 @@ def reach(context, block, at, least):
 
     def generate(context, builder, signature, arguments):
         place = _place(context, builder, signature.args[0], arguments[0], arguments[1])
-        return _reach(builder, place, _spread(builder, arguments[2]))
+        values, bound = builder.load(place, align=4), _spread(builder, arguments[2])
+        return builder.bitcast(builder.icmp_unsigned(">=", values, bound), _I64)
 
     return types.uint64(block, types.uint64, types.uint64), generate
+
+
+@intrinsic
+def count_bits(context, word):
+    """Bits that are set."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
 
 
 @intrinsic
@@ -91,7 +110,7 @@ def as_float(context, pattern):
     """The float32 of a pattern, the low 32 bits of `pattern`."""
 
     def generate(context, builder, signature, arguments):
-        return builder.bitcast(builder.trunc(arguments[0], _I32), ir.FloatType())
+        return builder.bitcast(builder.trunc(arguments[0], _I32), _F32)
 
     return types.float32(types.uint64), generate
 
@@ -112,19 +131,27 @@ def list_from(block, count, least, values, places):
     found = u64(0)
     for at in range(u64(0), u64(count), u64(LANES)):
         word = reach(block, at, least)
-        while word:
-            place = at + trailing_zeros(word)
-            word &= word - u64(1)
-            values[found] = block[place]
-            places[found] = place
-            found += u64(1)
+        stop = found + count_bits(word)
+        slot = found
+        while slot < stop:
+            # four at a time, so that the processor can guess how often it goes round
+            for _ in range(4):
+                places[slot] = at + trailing_zeros(word)
+                word &= word - u64(1)
+                slot += u64(1)
+        found = stop
+    for i in range(found):
+        values[i] = block[u64(places[i])]
     return found
 
 
-def _reach(builder, place, bound):
-    values = builder.load(place, align=4)
-    word = builder.bitcast(builder.icmp_unsigned(">=", values, bound), _I16)
-    return builder.zext(word, _I64)
+def _vectors(builder, count):
+    return builder.udiv(count, _I64(LANES))
+
+
+def _sum(builder, lanes):
+    add_up = _function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _F32, [_F32, _VF])
+    return builder.call(add_up, [_F32(0.0), lanes], fastmath=("reassoc",))
 
 
 def _place(context, builder, kind, array, at):
