@@ -23,7 +23,7 @@ from placement_cases import SHAPES, every, random_problem, tables
 HOME_DISPATCHES = ("one_level", "two_level", "summed")
 seeds, shapes = st.integers(0, 10**6), st.sampled_from(SHAPES)
 small = st.sampled_from([shape for shape in SHAPES if shape[0] == 4])
-few = settings(max_examples=12, deadline=None)
+few = settings(max_examples=8, deadline=None)
 
 
 def best_within(problem) -> float:
