@@ -32,6 +32,12 @@ FIELDS = {
 }
 """What a line of each kind must hold to be counted; other kinds pass through unread."""
 
+COPIED = (
+    *("name", "seed", "params", "active_params", "world_size", "ep_size", "zero_stage"),
+    *("peak_flops", "peak_source"),
+)
+"""What the summary takes from the last run_start as it is."""
+
 LOSS_STEPS = 10
 """loss_first and loss_last are means over this many steps."""
 
@@ -187,10 +193,8 @@ def summarise(run_dir: Path) -> Event:
     steps = of_kind(events, "train_step")
     versions = {e["version"]: e for e in of_kind(raw, "publish")}
     version_last = max(versions, default=None)
-    copied = ("name", "seed", "params", "active_params", "world_size", "ep_size", "zero_stage")
-    copied += ("peak_flops", "peak_source")
     return {
-        **{field: starts[-1].get(field) for field in copied},
+        **{field: starts[-1].get(field) for field in COPIED},
         "engines": len(living_engines(raw)),
         "attempts": len(starts),
         "end_reason": ends[-1].get("reason") if ends else None,

@@ -39,6 +39,7 @@ CASES = {
     "growing": ModelConfig(hf=HF, router="smoe_dropout"),
     "coin": ModelConfig(hf=HF, router="test_recompute:CoinRouter"),
     "dropping": ModelConfig(hf=HF),
+    "zero2": ModelConfig(hf=HF),
 }
 
 
@@ -70,7 +71,9 @@ def config_of(case: str, recompute: str) -> TrainConfig:
     dispatch = DispatchConfig(
         capacity_factor=0.8 if case == "dropping" else None, drop_policy="random"
     )
-    return replace(config, model=model, parallel=replace(config.parallel, dispatch=dispatch))
+    stage = 2 if case == "zero2" else 1
+    parallel = replace(config.parallel, dispatch=dispatch, zero_stage=stage)
+    return replace(config, model=model, parallel=parallel)
 
 
 def two_updates(case: str, recompute: str) -> dict:

@@ -1,16 +1,17 @@
 """Exact match by one forward pass against decoding for real, token by token."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.distributed as dist
 from gossamer.parallel.dims import ParallelDims
-from gossamer.trainer.batch import Document
-from gossamer.trainer.config import ModelConfig
+from gossamer.trainer.batch import Document, TokenBatch
+from gossamer.trainer.config import DataConfig, HeldoutConfig, ModelConfig, PhaseConfig, TrainConfig
 from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.model import MoEModel, build_model, hf_config
+from gossamer.trainer.step.heldout import HeldoutText
 
 ALONE = ParallelDims(data=1, expert=1, rank=0, expert_group=None)
 EOS, VOCAB = 2, 12
@@ -81,6 +82,24 @@ def test_the_share_is_that_of_decoding(model, seq_len):
     assert 0 < right < len(documents)
     share = greedy_exact_match(model, ALONE, Documents(documents), seq_len)
     assert share == right / len(documents)
+
+
+def test_a_corpus_too_small_to_hold_anything_out_is_refused():
+    class EmptyFeed:
+        def heldout(self, kind: str) -> TokenBatch:
+            raise ValueError(f"source {kind!r} holds no documents")
+
+    phase = PhaseConfig(name="p", kind="next_token", max_steps=1, lr=1.0)
+    config = TrainConfig(
+        phases=(phase,),
+        model=ModelConfig(hf=HF),
+        data=DataConfig(task_share=0.0),
+        heldout=HeldoutConfig(every_steps=5, permille=3),
+    )
+    with pytest.raises(ValueError, match="heldout.permille is 3: source 'next_token' holds no"):
+        HeldoutText(config, EmptyFeed())
+    off = HeldoutText(replace(config, heldout=HeldoutConfig()), EmptyFeed())
+    assert off.measure(None, ALONE, phase, step=5) is None
 
 
 def test_all_and_none(model):
