@@ -99,7 +99,9 @@ def update(
         if not skipped:
             block.gate.end_step(load_E)
     loss_sum, balance, z_loss, ratio_sum, clipped = sums.losses.tolist()
-    pairs, seq_len = int(sums.load_LE.sum()), batch.token_ids_BS.shape[1]
+    layers = _layer_metrics(sums.load_LE, sums.z_L / max(tokens, 1), traffic_L4)
+    kept_L = 1.0 - torch.tensor(layers["dropped_share"], dtype=torch.float64)
+    pairs = round(float((sums.load_LE.sum(1) * kept_L).sum()))
     return UpdateResult(
         loss=loss_sum / weight_sum,
         balance_loss=balance,
@@ -108,11 +110,11 @@ def update(
         skipped=skipped,
         tokens=tokens,
         learned_tokens=int((batch.weights_BS != 0).sum()),
-        flops=step_flops(model, tokens, pairs, seq_len),
+        flops=step_flops(model, tokens, pairs, batch.token_ids_BS.shape[1]),
         mean_ratio=ratio_sum / weight_sum,
         clip_share=clipped / weight_sum,
         expert_load=sums.load_LE.tolist(),
-        layers=_layer_metrics(sums.load_LE, sums.z_L / max(tokens, 1), traffic_L4),
+        layers=layers,
     )
 
 

@@ -95,7 +95,8 @@ def two_updates(case: str, recompute: str) -> dict:
     seen: dict[str, Tensor] = {}
     for step in range(2):
         result = update(model, engine, dims, uneven_batch(), 1e-2, config)
-        numbers = [result.loss, result.balance_loss, result.z_loss, result.grad_norm]
+        losses = [result.loss, result.balance_loss, result.z_loss]
+        numbers = [*losses, result.grad_norm, result.flops]
         seen[f"numbers {step}"] = torch.tensor(numbers, dtype=torch.float64)
         seen[f"load {step}"] = torch.tensor(result.expert_load)
         for name, per_layer in result.layers.items():
@@ -143,6 +144,11 @@ def test_the_cases_are_what_they_say(ranks):
     """Noise, drops and loads that differ between ranks: something to get wrong."""
     one = part(ranks[0], "dropping", "moe")
     assert 0 < one["dropped_share 0"].min() < 1
+    pairs = one["load 0"].sum(1)
+    dropped = float((pairs * one["dropped_share 0"]).sum())
+    expert = 3 * HF["hidden_size"] * HF["moe_intermediate_size"]
+    whole = part(ranks[0], "topk", "none")["numbers 0"][-1]
+    assert float(whole - one["numbers 0"][-1]) == pytest.approx(6 * dropped * expert)
     topk, coin = (part(ranks[0], case, "none")["load 0"] for case in ("topk", "coin"))
     assert not torch.equal(topk, coin)
     bias = part(ranks[0], "bias", "block")
