@@ -17,6 +17,7 @@ GUESTS = {
     "ray": ("launch/", "comm/store/ray.py"),
     "deepspeed": ("parallel/deepspeed_engine.py", "launch/bench/moe_layers.py"),
     "wandb": ("trainer/metrics.py",),
+    "datasets": ("trainer/data/readers/hf.py",),
     "omegaconf": ("launch/recipe.py",),
     "plotly": ("launch/",),
     "rich": ("launch/",),
