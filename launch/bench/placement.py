@@ -89,7 +89,7 @@ def measure(case: Case) -> list[Row]:
         ]
         for method in case.methods:
             rows += _rows(case, problems, method)
-    return [*rows, *_replica_rows(case, problems)]
+    return rows if case.slack else [*rows, *_replica_rows(case, problems)]
 
 
 def _rows(case: Case, problems: list[Problem], method: str) -> Iterator[Row]:
@@ -119,7 +119,8 @@ def _replica_rows(case: Case, problems: list[Problem], spare: int = 1) -> Iterat
     """EPLB with replicas: what equal slots cannot reach."""
     problem, ranks = problems[0], case.topology.ranks
     slots = problem.experts + spare * ranks
-    found = rebalance(problem.load_LE, slots, case.topology.nodes, case.topology.nodes, ranks)
+    answers = [rebalance(problem.load_LE, slots, n, n, ranks) for n in (case.topology.nodes, 1)]
+    found = min(answers, key=lambda a: a.rank_loads(problem.load_LE, ranks).max(1).sum())
     nothing = dict.fromkeys(("cross_node_bytes", "bound", "gap", "time_s", "moved"))
     for number, later in enumerate(problems):
         load_LR = found.rank_loads(later.load_LE, ranks)

@@ -1,6 +1,6 @@
 """The rows of `gossamer bench placement` as Markdown.
 
-The one idea: one table for each problem, one line for each method, numbers of the steps that were
+The one idea: one table for each problem, one line for each answer, numbers of the steps that were
 solved on beside those of the last steps scored.
 """
 
@@ -30,10 +30,23 @@ def render_table(path: Path) -> str:
         for name, methods in problems.items():
             lines += ["", f"**Minimised: {name}**", "", _line([*COLUMNS, "gap", "time"])]
             lines.append("|" + "---|" * (len(COLUMNS) + 2))
-            lines += [_line(_cells(*key, rows)) for key, rows in methods.items()]
+            lines += [_line(cells) for cells in _merged(methods)]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold rows of `{COMMAND}`: {error}") from error
     return "\n".join(lines)
+
+
+def _merged(methods: dict[tuple[str, str], list[Row]]) -> list[list[str]]:
+    """Cells of each line; methods that answer alike share one, with the time of each."""
+    lines: dict[tuple[str, ...], list[list[str]]] = {}
+    for key, rows in methods.items():
+        trace, method, *numbers, gap, time = _cells(*key, rows)
+        lines.setdefault((trace, *numbers), []).append([method, gap, time])
+    return [
+        [trace, ", ".join(m for m, _, _ in alike), *numbers, alike[-1][1]]
+        + [", ".join(time for _, _, time in alike)]
+        for (trace, *numbers), alike in lines.items()
+    ]
 
 
 def _cells(trace: str, method: str, rows: list[Row]) -> list[str]:
@@ -47,8 +60,14 @@ def _cells(trace: str, method: str, rows: list[Row]) -> list[str]:
         format_bytes(now["cross_node_bytes"]),
         format_bytes(later["cross_node_bytes"]),
         MISSING if now["gap"] is None else format_percent(now["gap"]),
-        format_duration(now["time_s"]),
+        _time(now["time_s"]),
     ]
+
+
+def _time(seconds: float | None) -> str:
+    """Milliseconds below a second."""
+    short = seconds is not None and seconds < 1
+    return f"{1000 * seconds:.2g} ms" if short else format_duration(seconds)
 
 
 def _line(cells: list[str]) -> str:

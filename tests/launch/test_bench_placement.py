@@ -68,7 +68,6 @@ def test_rows_of_every_method_make_a_table(tmp_path, monkeypatch, capsys):
             assert values["auto"] < 0.9 * values["eplb"]
     solved = [row for row in rows if row["bound"] is not None]
     assert all(row["bound"] <= row["objective"] and row["time_s"] > 0 for row in solved)
-    assert {row["method"] for row in rows} >= {"eplb+1", "contiguous", "lpt"}
 
     page = tmp_path / "page.md"
     page.write_text(f"{BEGIN}\nold\n{END}\n")
@@ -76,7 +75,8 @@ def test_rows_of_every_method_make_a_table(tmp_path, monkeypatch, capsys):
     assert main(["bench", "table", str(out), "--into", str(page)]) == 0
     text = page.read_text()
     assert text.count("**Minimised: ") == 3 and "\nold\n" not in text
-    assert text.count("| made: 2 x 16 on 2 x 2 |") == len(values) * 3 + 1
+    named = [line.split("|")[2] for line in text.splitlines() if line.startswith("| made: 2 x 16")]
+    assert sum(len(names.split(",")) for names in named) == len(METHODS) * 3
     out.write_text(json.dumps(result | {"rows": [{}]}))
     assert main(["bench", "table", str(out)]) == 1
     assert "does not hold rows of `gossamer bench placement`" in capsys.readouterr().err
@@ -85,7 +85,8 @@ def test_rows_of_every_method_make_a_table(tmp_path, monkeypatch, capsys):
 def test_a_method_that_cannot_take_a_case_is_left_out(capsys, monkeypatch):
     monkeypatch.setattr("gossamer.parallel.placement.solve.ILP_COLUMNS", 10)
     case = Case(name="made", trace=make_trace(SMALL), topology=NODES, window=4, methods=("ilp",))
-    assert {row["method"] for row in measure(case)} == {"eplb+1"}
+    rows = measure(case)
+    assert {row["method"] for row in rows} == {"eplb+1"} and set(rows[0]) == KEYS
     assert "columns are more than 10; use local or auto" in capsys.readouterr().err
 
 
