@@ -35,6 +35,13 @@ PAIRS, QUICK_PAIRS = 11, 9
 CONFIDENCE = 0.95
 LEVEL = 0.97
 """A ratio from here on counts as level."""
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "KINETO_LOG_LEVEL": "9",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""Of a rank: one thread, DeepSpeed on the CPU, no talk of the profiler."""
 INCLUDES = (
     "forward and backward of one layer (router, dispatch, experts, combine; gradients of weights"
     " and input), the router's gradient summed over ranks, AdamW (fused), gradients dropped"
@@ -70,12 +77,7 @@ def run_world(ep: int, quick: bool) -> list[dict[str, Any]]:
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", "gossamer.launch.bench.moe_world", str(r), folder, settings],
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "DS_ACCELERATOR": "cpu",
-                    "KINETO_LOG_LEVEL": "9",
-                }
+                env={**os.environ, **ENVIRONMENT}
                 | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(ep)},
                 stdout=subprocess.DEVNULL,  # DeepSpeed talks
             )
