@@ -116,6 +116,7 @@ def of_world(world_size: int) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_whole_grid_any_to_any(tmp_path: Path):
     """18 topologies in worlds of 1, 2, 4 and 8 ranks: 324 pairs."""
     losses: dict[str, float] = {}
