@@ -9,6 +9,7 @@ Shapes: L MoE layers, T sampled tokens, K slots, E experts.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -89,8 +90,9 @@ class LivePlacement:
             slots_LS = told[1:].view(now.slots_LS.shape).numpy()
             chosen = Placement(slots_LS=slots_LS, ranks=now.ranks, layers=now.layers)
             moved = self._experts.place(chosen)
-            most = max(moved["busiest_bytes"], 1)
-            self._speed = Speed(pair_s=speed.pair_s, bytes_per_s=most / moved["move_s"])
+            most = moved["busiest_bytes"]
+            if most >= self._dims.world_size * PROBE_BYTES:  # less says nothing about speed
+                self._speed = replace(speed, bytes_per_s=most / moved["move_s"])
             numbers |= moved | {"is_moved": True}
         return numbers
 
