@@ -200,7 +200,7 @@ class Saver:
             write.abandon()
             told = next(filter(None, map(json.loads, gather_texts(json.dumps(write.fault)))))
             raise RuntimeError(
-                f"the checkpoint of step {self._event['step']} was not written: {told}"
+                f"writing the checkpoint of step {self._event['step']} failed: {told}"
             ) from write.error
         if not is_writing:
             self._write = None

@@ -2,10 +2,13 @@
 
 import fcntl
 import os
+from dataclasses import replace
 
 import pytest
+from checkpoint_rows import write_on_two_ranks
+from gossamer.launch import controller
 from gossamer.launch.config import RunConfig
-from gossamer.launch.controller import RunError, resume_run, start_run
+from gossamer.launch.controller import RunError, newest_checkpoint, resume_run, start_run
 from gossamer.launch.recipe import build_config, with_absolute_paths
 from tiny_run import SETTINGS
 
@@ -19,6 +22,11 @@ def test_paths_of_a_recipe_are_made_absolute(tmp_path, monkeypatch):
     train = with_absolute_paths(build_config(RunConfig, {"name": "x", "train": train}, "")).train
     assert train.model.path == str(tmp_path / "model")
     assert train.data.corpus_path == str(tmp_path / "text.md")
+    for given, url in (("saved", str(tmp_path / "saved")), ("s3://bucket/x", "s3://bucket/x")):
+        train = build_config(
+            RunConfig, {"name": "x", "train": {**SETTINGS, "checkpoint": {"url": given}}}, ""
+        )
+        assert with_absolute_paths(train).train.checkpoint.url == url
     assert with_absolute_paths(CONFIG) == CONFIG
 
 
@@ -60,3 +68,16 @@ def test_a_folder_has_one_driver_at_a_time(tmp_path):
     os.close(other)
     with pytest.raises(RunError, match="has finished"):
         resume_run(CONFIG, tmp_path)
+
+
+def test_a_new_run_does_not_go_on_from_anothers_checkpoints(tmp_path):
+    place = tmp_path / "elsewhere"
+    url = write_on_two_ranks(place)
+    checkpoint = replace(CONFIG.train.checkpoint, url=str(place))
+    config = replace(CONFIG, train=replace(CONFIG.train, checkpoint=checkpoint))
+    with pytest.raises(RunError, match="elsewhere holds another run's checkpoints"):
+        start_run(config, tmp_path / "run", overwrite=False)
+    assert newest_checkpoint(tmp_path / "run", str(place)) == url
+    assert newest_checkpoint(tmp_path / "run") is None
+    controller._clear_checkpoints(config, tmp_path / "run", overwrite=True)
+    assert newest_checkpoint(tmp_path / "run", str(place)) is None

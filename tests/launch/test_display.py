@@ -133,3 +133,16 @@ def test_importing_the_display_is_cheap():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert not loaded & {"torch", "ray", "rich", "plotly", "numpy"}
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_torn_checkpoint_is_told_of(tmp_path, is_terminal):
+    run = SyntheticRun(tmp_path)
+    run.start(1)
+    live, out = shown(tmp_path, force_terminal=is_terminal, no_color=True)
+    live.start()
+    run.add("checkpoint_torn", step=2, checkpoint="x/step-4", reason="file y is missing")
+    live.refresh()
+    live.stop()
+    said = " ".join(out.getvalue().split())
+    assert "resumed from an earlier checkpoint, for file y is missing" in said

@@ -144,7 +144,7 @@ def fail_to_save(folder: str, asynchronous: bool) -> dict:
 def test_a_write_that_fails_on_one_rank_ends_the_next_step_on_all(ranks, place, asynchronous):
     for rank in ranks:
         seen = rank["failed"][asynchronous]
-        assert seen["error"].startswith("the checkpoint of step 1 was not written: ")
+        assert seen["error"].startswith("writing the checkpoint of step 1 failed: ")
         assert "rank-1" in seen["error"] and "\n" not in seen["error"]
         assert (seen["events"], seen["alive"]) == (0, False)
         assert asynchronous == "True" or seen["step"] == 1
