@@ -38,6 +38,8 @@ from torch import Tensor
 FILE_BYTES = 64 << 20
 """Rows in one file, at most: what the writing thread holds besides the snapshot."""
 POLL_S = 0.05
+SHARDS_S = 600.0
+"""How much longer than rank 0 another rank may take for its share, of about the same size."""
 READS_AT_ONCE = 16
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -142,7 +144,8 @@ def write_checkpoint(
 
     Every rank calls this; it is no collective. state: a JSON object, rank 0's is kept. `may_commit`
     raises where a later writer has begun. Raises FileExistsError for a checkpoint that was begun
-    before, Abandoned when told to; StoreError and OSError are the store's.
+    before, TimeoutError where a rank's shard stays away, Abandoned when told to; StoreError and
+    OSError are the store's.
     """
     root = open_store(target.root, create=True)
     # the folder first, so that syncing the marker's folder makes its name last, too
@@ -244,11 +247,17 @@ def _filled(tensors: dict[str, Tensor], file_bytes: int) -> Iterator[dict[str, T
 def _all_shards(
     store: Store, world_size: int, is_abandoned: Callable[[], bool]
 ) -> list[dict[str, Any]]:
-    """What every rank says of its shard, once all have said it."""
+    """What every rank says of its shard, once all have said it. Raises TimeoutError."""
     names = [_described(rank) for rank in range(world_size)]
-    while not set(names) <= set(store.list("shard-")):
+    deadline_s = time.monotonic() + SHARDS_S
+    while missing := set(names) - set(store.list("shard-")):
         if is_abandoned():
             raise Abandoned
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(
+                f"{min(missing)} did not come within {SHARDS_S:g} s; expected a checkpoint.url that"
+                " all ranks share"
+            )
         time.sleep(POLL_S)
     with ThreadPoolExecutor(READS_AT_ONCE) as pool:
         return [json.loads(text) for text in pool.map(store.get, names)]

@@ -153,6 +153,16 @@ def test_one_that_is_given_up_ends_without_a_commit(root):
     assert list_checkpoints(root) == [] and len(list_unfinished(root)) == 1
 
 
+def test_ranks_that_share_no_place_are_told(tmp_path, monkeypatch):
+    """A local folder on two machines."""
+    monkeypatch.setattr("gossamer.trainer.checkpoint_writer.SHARDS_S", 0.2)
+    writes = [start(str(tmp_path / str(rank)), rank, world_size=2) for rank in (0, 1)]
+    for write in writes:
+        write.join()
+    expected = "shard-00001.json did not come within 0.2 s; expected a checkpoint.url that all"
+    assert writes[0].fault.startswith(expected) and writes[1].fault == ""
+
+
 def test_a_stale_writer_commits_nothing(root):
     def refuse() -> None:
         raise RuntimeError("a later one has begun")
