@@ -9,7 +9,6 @@ Shapes: L MoE layers, T sampled tokens, K slots, E experts.
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -90,9 +89,8 @@ class LivePlacement:
             slots_LS = told[1:].view(now.slots_LS.shape).numpy()
             chosen = Placement(slots_LS=slots_LS, ranks=now.ranks, layers=now.layers)
             moved = self._experts.place(chosen)
-            most = moved["busiest_bytes"]
-            if most >= self._dims.world_size * PROBE_BYTES:  # less says nothing about speed
-                self._speed = replace(speed, bytes_per_s=most / moved["move_s"])
+            probe_bytes = self._dims.world_size * PROBE_BYTES
+            self._speed = speed.after(int(moved["busiest_bytes"]), moved["move_s"], probe_bytes)
             numbers |= moved | {"is_moved": True}
         return numbers
 
@@ -128,6 +126,7 @@ class LivePlacement:
             "solve_s": time.perf_counter() - start_s,
             "pair_s": speed.pair_s,
             "bytes_per_s": speed.bytes_per_s,
+            "least_move_s": speed.move_s,
         }
         return numbers, None if best is None else after
 
@@ -170,7 +169,8 @@ class LivePlacement:
             start_s = time.perf_counter()
             sent = exchange(work)
             elapsed_s = time.perf_counter() - start_s
-        return Speed(pair_s=pair_s, bytes_per_s=sent / elapsed_s)
+        move_s = self._experts.place(self._experts.placement)["move_s"]  # of nothing
+        return Speed(pair_s=pair_s, bytes_per_s=sent / elapsed_s, move_s=move_s)
 
 
 def _pair_seconds(block: MoEBlock, num_pairs: int) -> float:

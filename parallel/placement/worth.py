@@ -8,7 +8,7 @@ seen to have; a move costs the state of the experts that change ranks at the spe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from gossamer.parallel.placement.kernels import swap_down
@@ -25,6 +25,15 @@ class Speed:
     """Seconds of a (token, slot) pair in the experts of a layer, forward and backward."""
     bytes_per_s: float
     """That a rank sends when all do."""
+    move_s: float = 0.0
+    """Of a move, however little moves."""
+
+    def after(self, busiest_bytes: int, seconds: float, probe_bytes: int) -> Speed:
+        """As known after a move: a large one tells the links' speed, a small one what it costs
+        however little moves."""
+        if busiest_bytes < probe_bytes:
+            return replace(self, move_s=max(0.0, seconds - busiest_bytes / self.bytes_per_s))
+        return replace(self, bytes_per_s=busiest_bytes / max(seconds - self.move_s, seconds / 2))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +80,7 @@ def forecast(
     busiest_bytes = int(max(sent_R.max(), received_R.max()) * expert_bytes)
     return Forecast(
         saved_s=float(seen) * pairs_per_step / max(1, int(problem.load_LE.sum())),
-        cost_s=busiest_bytes / speed.bytes_per_s + (extra_s if moves.any() else 0.0),
+        cost_s=busiest_bytes / speed.bytes_per_s + (speed.move_s + extra_s) * bool(moves.any()),
         moved_experts=int(moves.sum()),
         busiest_bytes=busiest_bytes,
     )

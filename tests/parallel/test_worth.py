@@ -39,6 +39,15 @@ def test_a_forecast_by_hand():
     assert (half.saved_s, half.cost_s) == (5.0, 5.0)
 
 
+def test_moves_tell_what_moves_cost():
+    speed = Speed(pair_s=1.0, bytes_per_s=100.0, move_s=1.0)
+    assert speed.after(50, 4.5, 1000) == Speed(pair_s=1.0, bytes_per_s=100.0, move_s=4.0)
+    assert speed.after(50, 0.1, 1000).move_s == 0.0
+    assert speed.after(2000, 11.0, 1000) == Speed(pair_s=1.0, bytes_per_s=200.0, move_s=1.0)
+    assert forecast(problem(), NOW, BETTER, speed, 1.0, 100.0).cost_s == 2.0
+    assert forecast(problem(), NOW, NOW, speed, 1.0, 100.0).cost_s == 0.0
+
+
 def test_it_pays_only_strictly_and_only_within_the_steps():
     move = Forecast(saved_s=1.0, cost_s=10.0, moved_experts=1, busiest_bytes=1)
     assert [move.pays_within(steps) for steps in (9, 10, 11)] == [False, False, True]
