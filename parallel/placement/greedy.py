@@ -16,7 +16,7 @@ from gossamer.parallel.placement.bound import balance_bound
 from gossamer.parallel.placement.kernels import pack_heaviest_first, swap_down
 from numpy.typing import NDArray
 
-SHAKES, SHAKEN_SHARE = 200, 0.15
+SHAKES, SHAKEN_SHARE = 1000, 0.15
 """Restarts at most, and the share of experts that change places before each."""
 
 

@@ -29,7 +29,7 @@ from gossamer.parallel.placement.costs import (
 from gossamer.parallel.placement.kernels import anneal, assign, swap_linear
 from gossamer.parallel.placement.problem import Problem
 
-PROPOSALS_PER_PAIR = 30
+PROPOSALS_PER_PAIR = 12
 """Swaps proposed in an annealing, for each pair of experts."""
 HOT, COLD = 0.5, 0.002
 """First and last temperature, as a share of what a random swap changes."""
@@ -47,15 +47,17 @@ def search_layers(
     share the time until perf_counter() is `until_s`; given enough, the answer does not depend on
     the clock.
     """
-    threads = min(os.cpu_count() or 1, len(problem.layers))
-    layer_s = max(0.0, until_s - perf_counter()) * threads / len(problem.layers)
+    layers = len(problem.layers)
+    threads = min(os.cpu_count() or 1, layers)
 
     def search(layer: int) -> Ints:
+        """Layers begin in order, each with its share of what time is left."""
         own = [start[layer] for start in starts]
+        layer_s = max(0.0, until_s - perf_counter()) * threads / max(threads, layers - layer)
         return _search_layer(problem, layer, int(limit_L[layer]), own, layer_s, seed)
 
     with ThreadPoolExecutor(threads) as pool:
-        return np.stack(list(pool.map(search, range(len(problem.layers)))))
+        return np.stack(list(pool.map(search, range(layers))))
 
 
 def _search_layer(

@@ -37,8 +37,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 ILP_COLUMNS = 60_000
 """A larger program is refused: HiGHS would not get past its first relaxation."""
-SMALL_COLUMNS = 2_000
-"""Up to here `auto` asks for a proof."""
+SMALL_COLUMNS, LAYER_S = 2_000, 1.0
+"""Up to so many columns, or with so much time for the balance of a layer, `auto` tries HiGHS."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -165,9 +165,9 @@ def _moetuner(problem: Problem, budget: Budget) -> Solved:
 
 
 def _auto(problem: Problem, budget: Budget) -> Solved:
-    """Balance: swaps, then HiGHS for what they leave open. Bytes: local, and HiGHS if small."""
-    columns = _ilp_columns(problem)
-    if columns > (ILP_COLUMNS if problem.objective == "balance" else SMALL_COLUMNS):
+    """Local; where that leaves a gap, HiGHS, if the program is small or each layer's has time."""
+    has_time = problem.objective == "balance" and budget.left_s > LAYER_S * len(problem.layers)
+    if _ilp_columns(problem) > (ILP_COLUMNS if has_time else SMALL_COLUMNS):
         return _local(problem, budget)
     solved = _local(problem, Budget(perf_counter() + budget.left_s / 2, budget.gap))
     placed = from_ranks(solved.rank_LE, problem.topology.ranks, problem.layers)
@@ -187,9 +187,11 @@ METHODS: dict[str, Callable[[Problem, Budget], Solved]] = {
 
 
 def _balanced(problem: Problem, budget: Budget) -> Ints:
-    """LPT and swaps, shaken for a quarter of the time left, no worse than EPLB."""
+    """LPT and swaps, no worse than EPLB. They are shaken as long as there is time for it: all where
+    balance is the objective, a quarter where it only sets a limit, none where EPLB sets that."""
     ranks, count = problem.topology.ranks, len(problem.layers)
-    until_s = perf_counter() + budget.left_s / 4
+    share = 1.0 if problem.objective == "balance" else 0.0 if problem.slack is None else 0.25
+    until_s = perf_counter() + budget.left_s * share
     tables = without_replicas(problem.load_LE, problem.topology.nodes, ranks)
     table = []
     for layer, load_E in enumerate(problem.load_LE):
