@@ -66,8 +66,9 @@ def _cells(trace: str, method: str, rows: list[Row]) -> list[str]:
 
 def _time(seconds: float | None) -> str:
     """Milliseconds below a second."""
-    short = seconds is not None and seconds < 1
-    return f"{1000 * seconds:.3g} ms" if short else format_duration(seconds)
+    if seconds is None or seconds >= 1:
+        return format_duration(seconds)
+    return f"{1000 * seconds:.3g} ms"
 
 
 def _line(cells: list[str]) -> str:
