@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from gossamer.comm.outer.sparse import compress, decompress, rice_bits
+from gossamer.comm.outer.sparse import Cut, compress, decompress, rice_bits
+from gossamer.comm.outer.stream import BAD_COUNT, read_run
 from gossamer.comm.run import WireError
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -188,3 +189,63 @@ def test_broken_bits_are_refused():
             decompress(head + payload[2:], 64, count, 100, 100)
     with pytest.raises(WireError, match="leaves its block"):
         decompress(payload[:2] + bytes(40) + payload[42:], 64, count, 100, 100)
+
+
+def bits_of(blocks: list[tuple[int, int, list[int]]], rice: int) -> str:
+    """The bits of blocks (level, steps, gaps), all values lower ones and positive; a gap of 10,000
+    or more ends its block, 10,000 less."""
+    text = ""
+    for top, steps, gaps in blocks:
+        text += f"{top << 5 | steps:016b}"[::-1]
+        for gap in gaps:
+            is_end, gap = gap >= 10_000, gap % 10_000
+            rest = f"{gap & (1 << rice) - 1:0{rice}b}"[::-1] if rice else ""
+            text += "0" * (gap >> rice) + "1" + rest + ("" if is_end else "00")
+    return text
+
+
+def read(text: str, count: int, num_elements: int = 5000) -> list[int]:
+    bits = np.array(list(text), np.uint8)
+    payload = np.packbits(bits, bitorder="little").tobytes()
+    return decompress(payload, 64, count, 1, num_elements).positions.tolist()
+
+
+def test_what_no_encoder_writes_is_refused():
+    """5000 elements are a block of 4096, 64 of them kept, and one of 904, of which it is 14."""
+    rice, empty, end = rice_bits(64), (0, 0, []), 10_000
+    first, second = (1016, 1, [5, 0, 4000, end + 88]), (1016, 0, [903, end])
+    assert read(bits_of([first, second], rice), 4) == [5, 6, 4007, 4999]
+    assert read(bits_of([empty, second], rice), 1) == [4999]
+    for gaps in ([5, 4091], [5, 4091 + 10], [4096], [4097], [end + 4096], [5, end + 4091]):
+        with pytest.raises(WireError, match="leaves its block|number of values|end"):
+            read(bits_of([(1016, 1, gaps), second], rice), len(gaps) + 1)
+    wrong = {
+        "leaves": [(1016, 1, [5, end + 4091]), second],
+        "levels": [(0x7F8, 1, [5, end + 4090]), second],
+        "number": [(1016, 1, [5, 6, end + 4083]), second],
+        "end": [(1016, 1, [5, end + 4090]), second, empty],
+    }
+    assert read(bits_of([(1016, 1, [5, end + 4090]), second], rice), 2) == [5, 4999]
+    for message, blocks in wrong.items():
+        with pytest.raises(WireError, match=message):
+            read(bits_of(blocks, rice), 2)
+    text = bits_of([first, second], rice)
+    assert len(text) % 8
+    with pytest.raises(WireError, match="end"):
+        read(text + "1", 4)
+
+
+@pytest.mark.parametrize("room", [0, 1, 100])
+def test_a_decoder_writes_within_its_room(room):
+    """More values than promised: nothing behind the arrays is touched."""
+    rows = torch.randn(100, 100, generator=torch.Generator().manual_seed(0))
+    words = np.zeros(200, np.uint64)
+    payload = compress(rows, 64).payload
+    words.view(np.uint8)[: len(payload)] = np.frombuffer(payload, np.uint8)
+    arrays = [np.full(400, 7, np.uint32) for _ in range(2)]
+    inside = [array[:room] for array in arrays]
+    status = read_run(
+        words, 8 * len(payload), 10_000, 64, rice_bits(64), *Cut.of(100, 100), *inside
+    )
+    assert status == BAD_COUNT
+    assert all((array[room:] == 7).all() for array in arrays)
