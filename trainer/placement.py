@@ -7,7 +7,6 @@ between two steps, and moving the rows, changes no bit of what is learned.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +18,7 @@ from gossamer.parallel.engine import Engine, LogicalSegments
 from gossamer.parallel.placement.placement import Placement, contiguous, load_placement
 from gossamer.trainer.model import MoEModel, logical_segments
 from gossamer.trainer.moe.block import MoEBlock
-
-LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+from gossamer.trainer.moe.trace import LAYER
 
 
 class PlacedExperts:
