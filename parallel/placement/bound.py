@@ -40,7 +40,7 @@ BYTES_PROOF = "a quadratic below the nodes of each token: eigenvalues, and an ex
 JOINT_PROOF = "each pair of layers alone: singular values, or the largest flows that fit"
 
 
-def bytes_bound(problem: Problem, layer: int) -> float:
+def bytes_bound(problem: Problem, layer: int, has_time: bool = True) -> float:
     """No placement of this layer costs less where results come home, whatever its balance.
 
     A token with s experts on a node goes there at least q(s) = (2 m s - s (s - 1)) / (m (m + 1))
@@ -50,12 +50,13 @@ def bytes_bound(problem: Problem, layer: int) -> float:
     to 0, the sum of v'B v is at most E/N times the N - 1 largest eigenvalues of the mean B (on what
     is orthogonal to 1), plus each node's difference from that mean (Donath and Hoffman 1973). What
     is linear is minimised exactly, as an assignment. The most promising m and diagonal are taken.
+    Without time only what was linear from the start is.
     """
     cost_ER, once = linear_costs(problem, layer), once_cost(problem)
     nodes, per_node = problem.topology.nodes, problem.topology.ranks_per_node
     best = _least(cost_ER)
-    if not once or nodes == 1:
-        return best
+    if not once or nodes == 1 or not has_time:
+        return best * (1 - ROUNDING)
     off_NE, both_NEE, most = _off_node(problem, layer)
     flat_NE = both_NEE.sum(2)
     choices: list[tuple[float, Floats, Floats, float]] = []

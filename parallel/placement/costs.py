@@ -57,9 +57,9 @@ def token_sets(problem: Problem, layer: int) -> tuple[Ints, Ints, Ints]:
     return np.ascontiguousarray(distinct_U[:, 1:]), distinct_U[:, 0].copy(), count_U
 
 
-def once_rows(problem: Problem, layer: int, rank_E: Ints) -> int:
-    """How often once_cost is paid: (token, node) for the nodes that are not spared."""
-    expert_UK, home_U, count_U = token_sets(problem, layer)
+def once_rows(problem: Problem, sets: tuple[Ints, Ints, Ints], rank_E: Ints) -> int:
+    """How often once_cost is paid by token_sets: (token, node) for the nodes they do not spare."""
+    expert_UK, home_U, count_U = sets
     nodes = problem.topology.nodes
     node_E = np.append(rank_E // problem.topology.ranks_per_node, nodes + 1)  # -1: a spare slot
     goes_UN = np.zeros((len(home_U), nodes + 2), np.int64)

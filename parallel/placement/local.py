@@ -70,7 +70,7 @@ def _search_layer(
     fits += [_nearest(parts[0], load_E, limit, start) for start in fits[:1]]
     ranked = sorted(fits, key=value_of)
     best_E = ranked[0]
-    if problem.topology.ranks == 1:
+    if problem.topology.ranks == 1 or perf_counter() - began_s > time_s:
         return best_E
     # descend from each start, then anneal from the best: a good start is never lost
     found = []
@@ -98,7 +98,7 @@ def _search_layer(
 def _sets_problem(problem: Problem, layer: int, limit: int):  # noqa: ANN202
     """What the kernel `anneal` takes, and the value of a rank_E in its units."""
     once, cost_ER = once_cost(problem), linear_costs(problem, layer)
-    expert_UK, home_U, count_U = token_sets(problem, layer)
+    sets = expert_UK, home_U, count_U = token_sets(problem, layer)
     set_U, slot_K = (expert_UK >= 0).nonzero()
     expert_P = expert_UK[set_U, slot_K]
     order_P = np.argsort(expert_P, kind="stable")
@@ -111,7 +111,7 @@ def _sets_problem(problem: Problem, layer: int, limit: int):  # noqa: ANN202
 
     def value_of(rank_E: Ints) -> float:
         linear = float(cost_ER[np.arange(len(rank_E)), rank_E].sum())
-        return linear + once * once_rows(problem, layer, rank_E) if once else linear
+        return linear + once * once_rows(problem, sets, rank_E) if once else linear
 
     return parts, value_of
 

@@ -12,7 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from gossamer.parallel.placement.costs import linear_costs, once_cost, once_rows, rank_loads
+from gossamer.parallel.placement.costs import (
+    linear_costs,
+    once_cost,
+    once_rows,
+    rank_loads,
+    token_sets,
+)
 from gossamer.parallel.placement.placement import Placement
 from gossamer.parallel.placement.problem import DISPATCHES, INDEX_BYTES, Problem, Topology
 from numpy.typing import NDArray
@@ -85,7 +91,8 @@ def score(problem: Problem, placement: Placement) -> Score:
 def _expected_cost(problem: Problem, layer: int, rank_E: NDArray[np.int64]) -> float:
     """Cost of a layer's bytes when every rank is as likely to hold a token."""
     linear = linear_costs(problem, layer)[np.arange(len(rank_E)), rank_E].sum()
-    return float(linear) + once_cost(problem) * once_rows(problem, layer, rank_E)
+    once = once_cost(problem)
+    return float(linear) + once * (once and once_rows(problem, token_sets(problem, layer), rank_E))
 
 
 def layer_bytes(problem: Problem, layer: int, rank_E: NDArray[np.int64]) -> NDArray[np.int64]:

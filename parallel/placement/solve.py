@@ -67,8 +67,8 @@ def place(
 ) -> Placement:
     """Solves the problem by one of METHODS.
 
-    `time_limit_s` is kept to about a second; `gap` = (value - bound) / value at which a method may
-    stop. Raises ValueError for an unknown method and where a method cannot take the problem.
+    `time_limit_s` ends searches and proofs; a first placement and its score are made whatever it
+    is. `gap` = (value - bound) / value at which a method may stop. Raises ValueError for an unknown method and where a method cannot take the problem.
     """
     if method not in METHODS:
         raise ValueError(f"placement method {method!r}: expected one of {', '.join(METHODS)}")
@@ -214,9 +214,13 @@ def _bound(problem: Problem, budget: Budget) -> tuple[float, str]:
         return float(sum(balance_bound(load_E, ranks) for load_E in problem.load_LE)), BALANCE_PROOF
     if problem.dispatch == "resident":
         return joint_bound(problem), JOINT_PROOF
+    until_s = perf_counter() + budget.left_s / 2
+
+    def bound_of(layer: int) -> float:
+        return bytes_bound(problem, layer, perf_counter() < until_s)
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        layers = range(len(problem.layers))
-        return sum(pool.map(lambda layer: bytes_bound(problem, layer), layers)), BYTES_PROOF
+        return sum(pool.map(bound_of, range(len(problem.layers)))), BYTES_PROOF
 
 
 def _better(first: Solved, bound: float, where: str) -> tuple[float, str]:
