@@ -68,7 +68,8 @@ def place(
     """Solves the problem by one of METHODS.
 
     `time_limit_s` ends searches and proofs; a first placement and its score are made whatever it
-    is. `gap` = (value - bound) / value at which a method may stop. Raises ValueError for an unknown method and where a method cannot take the problem.
+    is. `gap` = (value - bound) / value at which a method may stop. Raises ValueError for an unknown
+    method and where a method cannot take the problem.
     """
     if method not in METHODS:
         raise ValueError(f"placement method {method!r}: expected one of {', '.join(METHODS)}")
