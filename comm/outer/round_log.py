@@ -80,20 +80,21 @@ class LogExchange:
 
     def settle(self, number: int) -> Settled:
         started_s = time.monotonic()
-        quorum_s = None
+        quorum_s: float | None = None
         while not self._is_settled(number):
-            now_s = time.monotonic()
+            waited_s = time.monotonic() - started_s
+            is_over = waited_s >= self._config.deadline_s
             if self.identity.rank == 0:
                 offers = self._inbox.offers(number)
                 verdict = self._judge(number, offers)
-                has_quorum = sum(e.round == number for e in verdict.counted) >= self._config.quorum
-                quorum_s = (quorum_s or now_s) if has_quorum else None
-                if has_quorum and (
-                    not self._awaited(number, offers) or now_s - quorum_s >= self._config.grace_s
-                ):
-                    self._write(number, verdict)
-                    continue
-            if now_s - started_s > self._config.deadline_s:
+                if sum(e.round == number for e in verdict.counted) >= self._config.quorum:
+                    quorum_s = waited_s if quorum_s is None else quorum_s
+                    # nobody knows yet who lives: the first round has no grace but its deadline
+                    is_graced = number > 0 and waited_s - quorum_s >= self._config.grace_s
+                    if is_over or is_graced or not self._awaited(number, offers):
+                        self._write(number, verdict)
+                        continue
+            if is_over:
                 raise QuorumError(
                     f"round {number} was not settled within {self._config.deadline_s:g} s: "
                     f"fewer than {self._config.quorum} replicas sent a sound message"
@@ -118,6 +119,11 @@ class LogExchange:
             self._records[number] = record, file_hash(data)
             self._records.pop(number - self._config.expected_for_rounds - 1, None)
         return self._records[number][0]
+
+    def books(self) -> dict[str, int]:
+        """Up to which token each replica's stream was counted: where one that returns goes on."""
+        last = self.next_round() - 1
+        return dict(self.record(last).books) if last >= 0 else {}
 
     # --- whose messages count -------------------------------------------------------------------
 
