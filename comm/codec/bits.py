@@ -35,7 +35,8 @@ def tensor_bits(tensor: torch.Tensor) -> np.ndarray:
 
 def find_changed(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where flat patterns differ (uint32, ascending), the old ones there, the new ones there."""
-    pieces, at, room = [], 0, len(old) // 32 + 64
+    pieces: list[list[np.ndarray]] = []
+    at, room = 0, len(old) // 32 + 64
     while at < len(old) or not pieces:
         found = np.empty(room, np.uint32), np.empty(room, old.dtype), np.empty(room, old.dtype)
         count, at = find_changes(old, new, at, found)
