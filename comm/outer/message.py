@@ -14,7 +14,6 @@ float32 or bfloat16.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 DENSE_BLOCK_ELEMENTS = 1 << 20
 DENSE_DTYPES = ("float32", "bfloat16")
-HASH = re.compile(r"[0-9a-f]{16}")
 # sums in another order differ by less
 NORM_TOLERANCE = 1e-9
 
@@ -99,7 +97,7 @@ def send_dense(name: str, shape: tuple[int, ...], row_start: int, rows: torch.Te
     run = _run_of(name, shape, row_start, rows)
     if run.dtype not in DENSE_DTYPES:
         raise ValueError(f"{name}: dtype must be {' or '.join(DENSE_DTYPES)}, not {run.dtype}")
-    values = rows.detach().float().reshape(-1).numpy()
+    values = rows.detach().to(torch.float32, copy=True).reshape(-1).numpy()
     if not np.isfinite(values).all():
         raise ValueError(f"{name}: NaN and infinity cannot be sent")
     block_rows = max(1, DENSE_BLOCK_ELEMENTS // (run.row_elements * BLOCK_ROWS)) * BLOCK_ROWS
@@ -183,7 +181,8 @@ def unpack_message(
 def _read_sent(run: Run, k: int, norm: float) -> Sent:
     _expect(run.model is None, f"{run.name} has a model")
     if k:
-        _expect(run.codec == "topk", f"codec of {run.name} is {run.codec}, not topk")
+        coded_as = (run.codec, run.dtype)
+        _expect(coded_as == ("topk", "float32"), f"{run.name} is {coded_as}, not topk of float32")
         _expect(run.num_blocks == 1, f"{run.name} has {run.num_blocks} blocks, not 1")
         sparse = decompress(run.payload, k, run.count, run.num_rows, run.row_elements)
         positions, values = sparse.positions, sparse.values
@@ -230,6 +229,8 @@ def _run_of(name: str, shape: tuple[int, ...], row_start: int, rows: torch.Tenso
         raise ValueError(
             f"{name}: {tuple(rows.shape)} from row {row_start} on are not rows of {shape}"
         )
+    if rows.device.type != "cpu" or not rows.is_contiguous():
+        raise ValueError(f"{name}: rows must lie on the CPU, contiguous")
     return Run(name, dtype_name(rows.dtype), shape, row_start, num_rows)
 
 

@@ -41,7 +41,7 @@ class Sparse:
     """Flat index in the rows, uint32, each once, block by block."""
     values: np.ndarray
     """Dequantised, fp32, none of them 0, [len(positions)]."""
-    payload: bytes | memoryview
+    payload: bytes
     """Their code."""
 
 
@@ -78,7 +78,6 @@ def compress(rows: torch.Tensor, k: int) -> Sparse:
             f"expected 1 to 2**32 - 4096 elements of float32, not {rows.dtype} {tuple(rows.shape)}"
         )
     _check_k(k)
-    num_rows = rows.shape[0] if rows.dim() > 1 else 1
     bits = tensor_bits(rows)
     num_rows = rows.shape[0] if rows.dim() > 1 else 1
     cut, rice = Cut.of(num_rows, len(bits) // num_rows), rice_bits(k)
@@ -114,7 +113,7 @@ def decompress(
     )  # fmt: skip
     if status < 0:
         raise WireError(f"values of top-k are broken: {FAULTS[status]}")
-    return Sparse(positions, values, payload)
+    return Sparse(positions, values, bytes(payload))
 
 
 def norm_of(values: np.ndarray) -> float:

@@ -115,6 +115,8 @@ def test_the_norm_is_of_what_is_decoded():
         (torch.zeros(4, 3), (4, 4), 0, r"w: \(4, 3\) from row 0 on are not rows of \(4, 4\)"),
         (torch.zeros(4, 4), (6, 4), 3, "w: .* from row 3 on"),
         (torch.zeros(3), (4,), 0, "w: "),
+        (torch.zeros(8, 8).T[:4, :4], (4, 4), 0, "w: rows must lie on the CPU, contiguous"),
+        (torch.zeros(4, 4).double(), (4, 4), 0, "w: .*float32"),
         (torch.full((4, 4), torch.nan), (4, 4), 0, "w: .*NaN and infinity cannot be sent"),
     ],
 )
@@ -122,6 +124,13 @@ def test_the_norm_is_of_what_is_decoded():
 def test_rows_that_cannot_be_sent_are_refused(send, rows, shape, row_start, message):
     with pytest.raises(ValueError, match=message):
         send("w", shape, row_start, rows)
+
+
+def test_what_is_sent_does_not_follow_the_rows():
+    for rows in (torch.ones(40, 6), torch.ones(40, 6).bfloat16()):
+        sent = send_dense("dense", (40, 6), 0, rows)
+        rows.zero_()
+        assert (sent.values == 1).all()
 
 
 def test_a_row_is_sent_once():
@@ -170,8 +179,8 @@ def with_table(change) -> bytes:
     return forged(HEADER.pack(*fields) + packed + DATA[end:])
 
 
-def most_values(table: dict) -> dict:
-    return max(table["families"], key=lambda family: family["counts"][0])
+def experts_of(table: dict) -> dict:
+    return next(family for family in table["families"] if len(family["counts"]) == 6)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +196,9 @@ def most_values(table: dict) -> dict:
         (lambda t: t["about"]["norms"].__setitem__(0, float("nan")), "norms must be finite"),
         (lambda t: t["about"]["norms"].__setitem__(0, 1e9), "the norm of"),
         (lambda t: t["about"]["norms"].__setitem__(2, 0.0), "the norm of"),
-        (lambda t: t["families"][0].update(codecs=["dense"] * 9), "codec|entries"),
-        (lambda t: most_values(t)["counts"].__setitem__(0, 99), "values where"),
+        (lambda t: experts_of(t).update(codecs=["dense"] * 6), "not topk of float32"),
+        (lambda t: experts_of(t).update(dtype="int32"), "not topk of float32"),
+        (lambda t: experts_of(t)["counts"].__setitem__(0, 99), "values where"),
     ],
 )
 def test_a_forged_table_is_refused(change, message):
