@@ -29,13 +29,13 @@ from gossamer.parallel.placement.costs import (
 from gossamer.parallel.placement.kernels import anneal, assign, swap_linear
 from gossamer.parallel.placement.problem import Problem
 
-PROPOSALS_PER_PAIR = 12
-"""Swaps proposed in an annealing, for each pair of experts."""
+PROPOSALS_PER_PAIR, LEAST_PROPOSALS = 12, 300_000
+"""Swaps proposed for a layer: for each pair of experts, and in all at least."""
 HOT, COLD = 0.5, 0.002
 """First and last temperature, as a share of what a random swap changes."""
 TRIAL, CHUNK = 2_000, 100_000
-SHAKEN_SHARE = 0.3
-"""Of a layer's experts that change places before the joint search begins again."""
+SHAKES, SHAKEN_SHARE = 500, 0.3
+"""How often the joint search begins again, and the share of experts that change places before."""
 
 
 def search_layers(
@@ -82,7 +82,7 @@ def _search_layer(
     heat = _typical_change(parts, best_E, seed)
     if heat == 0.0:
         return best_E
-    wanted = PROPOSALS_PER_PAIR * problem.experts**2
+    wanted = max(LEAST_PROPOSALS, PROPOSALS_PER_PAIR * problem.experts**2)
     trial_s = perf_counter()
     anneal(parts, best_E.copy(), HOT * heat, HOT * heat, TRIAL * 5, seed)
     each_s = (perf_counter() - trial_s) / (TRIAL * 5)
@@ -141,7 +141,7 @@ def search_joint(
     random = np.random.default_rng(seed)
     best_LE, best = starts[0], np.inf
     link_RR = link_costs(problem)
-    for turn in range(len(starts) + 50):
+    for turn in range(len(starts) + SHAKES):
         if turn and perf_counter() > until_s:
             break
         rank_LE = starts[turn].copy() if turn < len(starts) else best_LE.copy()
