@@ -1,7 +1,8 @@
-"""Anchors of a log of rounds: the shared weights and buffers before a round, whole.
+"""What is whole in a log of rounds: anchors, and the error buffers of those who left.
 
-The one idea: one anchor and the rounds after it make the weights of today, bit for bit, for whoever
-comes new or has lost its own.
+The one idea: an anchor, weights and shared buffers before some round, and the rounds after it make
+the weights of today, bit for bit, for whoever comes new or has lost its own. Parts of all ranks are
+put first; the file that lists them makes them one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.manifest import LogError, PartRef
+from gossamer.comm.outer.claim import gone
 from gossamer.comm.outer.exchange import Identity
 from gossamer.comm.outer.mean import first_of, meet
 from gossamer.comm.outer.message import Message, Sent, pack_message, send_dense, unpack_message
-from gossamer.comm.outer.record import ANCHOR, Shapes, anchor_name, anchor_part, groups, read_parts
+from gossamer.comm.outer.record import ANCHOR, Shapes, anchor_name, groups, left_name, read_parts
 from gossamer.comm.run import WireError
 from gossamer.comm.store import Store
 from gossamer.comm.wire import frame_digest
@@ -25,6 +27,7 @@ from gossamer.comm.wire import frame_digest
 if TYPE_CHECKING:
     from gossamer.comm.signing import Verifier
 
+NO_HASH = "0" * 16
 PART_TIMEOUT_S = 600.0
 POLL_S = 0.05
 
@@ -45,6 +48,7 @@ class Anchors:
         self._shapes = shapes
         self._sign = sign
         self._verifier = verifier
+        self._seen: set[str] = set()
 
     def newest(self) -> int | None:
         """The round that the newest anchor comes before."""
@@ -57,59 +61,89 @@ class Anchors:
 
         Every rank of the replica does, and rank 0 makes their parts one. Raises TimeoutError.
         """
-        me = self._me
-        sent = [send_dense(each.name, each.shape, each.row_start, each.values) for each in rows]
-        message = Message(
-            **asdict(me), round=number, base_hash=part_hash, inner_steps=0, tokens=0, sent=sent
-        )
-        names = [
-            anchor_part(number, me.replica, me.incarnation, rank, me.num_ranks)
-            for rank in range(me.num_ranks)
-        ]
-        self._store.put(names[me.rank], pack_message(message, self._sign))
-        waited_for = list(names) if me.rank == 0 else [anchor_name(number)]
-        deadline_s = time.monotonic() + PART_TIMEOUT_S
-        while waited_for and self._store.size(anchor_name(number)) is None:
-            waited_for = [name for name in waited_for if self._store.size(name) is None]
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"{waited_for[0]} did not come within {PART_TIMEOUT_S:g} s")
-            time.sleep(POLL_S if waited_for else 0)
-        if not waited_for and me.rank == 0:
-            refs = [self._ref(name) for name in names]
-            text = json.dumps({"parts": [asdict(ref) for ref in refs]}, indent=1)
-            self._store.put(anchor_name(number), text.encode())
+        names = self._parts(f"anchors/{number:08d}/", "anchor")
+        self._put(anchor_name(number), names, self._message(number, rows, part_hash))
 
     def read(self, number: int) -> dict[str, list[Sent]]:
         """What the anchor before round `number` holds, by tensor. Raises LogError."""
+        return self._read(anchor_name(number))
+
+    def leave(self, number: int, errors: Iterable[Rows]) -> None:
+        """Says that this replica sends no more, so that nobody waits for it, and leaves its error
+        buffers to whoever inherits them. Every rank does. Raises TimeoutError."""
+        names = self._parts("left/", "error")
+        message = self._message(number, errors, NO_HASH)
+        self._put(left_name(self._me.replica, self._me.incarnation), names, message)
+
+    def inherit(self) -> dict[str, list[Sent]]:
+        """What replicas left that nobody else has taken on, by tensor; each once for this rank."""
         pieces: dict[str, list[Sent]] = {}
-        for message in self._messages(number):
-            for sent in message.sent:
-                pieces.setdefault(sent.run.name, []).append(sent)
+        for replica, incarnation in gone(self._store).items():
+            left = left_name(replica, incarnation)
+            if left in self._seen:
+                continue
+            self._seen.add(left)
+            heir = left.removesuffix(".json") + ".heir"
+            mine = f"{self._me.replica} {self._me.incarnation}".encode()
+            if self._store.put(heir, mine) or self._store.get(heir) == mine:
+                for name, sent in self._read(left).items():
+                    pieces.setdefault(name, []).extend(sent)
         return pieces
 
-    def _messages(self, number: int) -> list[Message]:
-        name = anchor_name(number)
+    def _parts(self, folder: str, kind: str) -> list[str]:
+        """The files of all ranks of this replica."""
+        me = self._me
+        stem = f"{folder}{me.replica}-e{me.incarnation:04d}"
+        return [f"{stem}-p{rank}of{me.num_ranks}.{kind}" for rank in range(me.num_ranks)]
+
+    def _message(self, number: int, rows: Iterable[Rows], part_hash: str) -> Message:
+        sent = [send_dense(each.name, each.shape, each.row_start, each.values) for each in rows]
+        return Message(
+            **asdict(self._me),
+            round=number,
+            base_hash=part_hash,
+            inner_steps=0,
+            tokens=0,
+            sent=sent,
+        )
+
+    def _put(self, whole: str, names: list[str], message: Message) -> None:
+        """Writes this rank's part; the file `whole` exists when this returns."""
+        self._store.put(names[self._me.rank], pack_message(message, self._sign))
+        deadline_s = time.monotonic() + PART_TIMEOUT_S
+        while self._store.size(whole) is None:
+            missing = [name for name in names if self._store.size(name) is None]
+            if self._me.rank == 0 and not missing:
+                frames = [self._store.get(name) for name in names]
+                parts = [
+                    asdict(PartRef(name, len(frame), frame_digest(frame)))
+                    for name, frame in zip(names, frames, strict=True)
+                ]
+                self._store.put(whole, json.dumps({"parts": parts}, indent=1).encode())
+            elif time.monotonic() > deadline_s:
+                raise TimeoutError(f"{whole} did not come within {PART_TIMEOUT_S:g} s")
+            else:
+                time.sleep(POLL_S)
+
+    def _read(self, whole: str) -> dict[str, list[Sent]]:
         try:
-            parts = read_parts(json.loads(self._store.get(name))["parts"])
+            parts = read_parts(json.loads(self._store.get(whole))["parts"])
             frames = [self._store.get(part.name) for part in parts]
         except FileNotFoundError as error:
-            raise LogError(f"anchor of round {number}: {error}") from error
+            raise LogError(f"{whole} cannot be read: {error}") from error
         except (ValueError, TypeError, KeyError) as error:
-            raise LogError(f"{name} is not an anchor: {error}") from error
-        messages = []
+            raise LogError(f"{whole} does not list its parts: {error}") from error
+        pieces: dict[str, list[Sent]] = {}
         for part, frame in zip(parts, frames, strict=True):
             try:
                 message = unpack_message(frame, self._shapes, self._verifier)
             except WireError as error:
                 raise LogError(f"{part.name} is {error}") from error
-            if frame_digest(frame) != part.hash or message.round != number:
-                raise LogError(f"{part.name} is not what {name} names")
-            messages.append(message)
-        return messages
-
-    def _ref(self, name: str) -> PartRef:
-        frame = self._store.get(name)
-        return PartRef(name, len(frame), frame_digest(frame))
+            if frame_digest(frame) != part.hash or message.run_id != self._me.run_id:
+                raise LogError(f"{part.name} is not what {whole} names")
+            for sent in message.sent:
+                pieces.setdefault(sent.run.name, []).append(sent)
+        return pieces
 
 
 def fill(rows: Rows, pieces: list[Sent]) -> None:

@@ -43,11 +43,6 @@ def join(store: Store, config: OuterConfig, run_id: str, takeover: bool = False)
     )
 
 
-def leave(store: Store, identity: Identity) -> None:
-    """Says that this replica sends no more, so that nobody waits for it."""
-    store.put(f"left/{identity.replica}-e{identity.incarnation:04d}.json", b"{}")
-
-
 def newest_claims(store: Store) -> dict[str, int]:
     """The newest incarnation of every name."""
     return _newest(store, "replicas/", CLAIM)

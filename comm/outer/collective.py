@@ -56,14 +56,14 @@ class CollectiveExchange:
     def _gather(self, frame: bytes) -> list[bytes]:
         """Every member's frame; two collectives, the first for their lengths."""
         num_members = dist.get_world_size(self._group)
-        lengths = torch.zeros(num_members, dtype=torch.int64)
-        dist.all_gather_into_tensor(lengths, torch.tensor([len(frame)]), group=self._group)
-        longest = int(lengths.max())
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(num_members)]
+        dist.all_gather(lengths, torch.tensor([len(frame)]), group=self._group)
+        longest = int(max(lengths))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(frame)] = torch.from_numpy(np.frombuffer(frame, np.uint8).copy())
         found = [torch.empty(longest, dtype=torch.uint8) for _ in range(num_members)]
         dist.all_gather(found, padded, group=self._group)
-        return [each[:n].numpy().tobytes() for each, n in zip(found, lengths.tolist(), strict=True)]
+        return [each[: int(n)].numpy().tobytes() for each, n in zip(found, lengths, strict=True)]
 
     def _read(self, member: int, frame: bytes, number: int) -> Offer:
         try:

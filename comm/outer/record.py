@@ -6,7 +6,9 @@ the books on: how far each replica's stream of tokens was counted.
 
     outer.json                                run_id, and what all replicas must agree on
     replicas/a-e0001.json                     a claim to the name a
-    left/a-e0001.json                         a left: nobody waits for it
+    left/a-e0001.json                         a left: nobody waits for it; lists what it left
+    left/a-e0001-p0of2.error                  its error buffers
+    left/a-e0001.heir                         who took them on
     rounds/00000012/a-e0001-p0of2.message     what rank 0 of 2 of a sends in round 12 (message.py)
     round-00000012.json                       the record: round 12 is settled
     anchors/00000010/a-e0001-p0of2.anchor     weights and momentum before round 10
@@ -83,9 +85,9 @@ def anchor_name(number: int) -> str:
     return f"anchor-{number:08d}.json"
 
 
-def anchor_part(number: int, replica: str, incarnation: int, rank: int, num_ranks: int) -> str:
-    """The file of one rank's rows."""
-    return f"anchors/{number:08d}/{replica}-e{incarnation:04d}-p{rank}of{num_ranks}.anchor"
+def left_name(replica: str, incarnation: int) -> str:
+    """The file by which a replica leaves."""
+    return f"left/{replica}-e{incarnation:04d}.json"
 
 
 def groups(name: str, pattern: str) -> tuple[str, ...] | None:
@@ -107,7 +109,8 @@ def unpack_record(data: bytes, name: str) -> Record:
             Counted(**each | {"parts": read_parts(each["parts"])}) for each in entry["counted"]
         ]
         record = Record(**entry | {"counted": counted})
-        for each in (record, *counted):
+        _check_types(record)
+        for each in counted:
             _check_types(each)
         return record
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -123,7 +126,12 @@ def read_parts(entries: list[dict]) -> list[PartRef]:
 
 
 def _check_types(entry: Record | Counted | PartRef) -> None:
-    kinds = {"int": int, "str": str, "float": float, "str | None": (str, type(None))}
+    kinds: dict[str, tuple[type, ...]] = {
+        "int": (int,),
+        "str": (str,),
+        "float": (float,),
+        "str | None": (str, type(None)),
+    }
     for field in fields(entry):
         kind = kinds.get(str(field.type), (list, dict))
         if not isinstance(getattr(entry, field.name), kind):

@@ -20,17 +20,16 @@ from dataclasses import asdict, replace
 from gossamer.comm.codec.bits import tensor_bits
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.names import KEPT_FLOAT32
-from gossamer.comm.outer.anchor import Anchors, fill
+from gossamer.comm.outer.anchor import NO_HASH, Anchors, fill
 from gossamer.comm.outer.config import AveragingConfig, OuterConfig
 from gossamer.comm.outer.exchange import Exchange, RefusedError, Settled
 from gossamer.comm.outer.mean import mean_of, median_factors
 from gossamer.comm.outer.message import Message, Sent
-from gossamer.comm.outer.rule import Averaging, Key, OuterRule, build_rule
+from gossamer.comm.outer.rule import Averaging, Key, OuterRule, buffer_of, build_rule
 from gossamer.comm.run import Run
 from gossamer.comm.state_hash import format_hash, hash_elements, run_seed
 from torch import float32, zeros_like
 
-NO_BASE = "0" * 16
 SHARED_PREFIX = "outer state of "
 """Of a rule's shared buffers in an anchor."""
 
@@ -79,10 +78,15 @@ class Replica:
         end as the mean in `rows`). Tokens [tokens_before, tokens_before + tokens) of this replica's
         stream were trained. Of the tensors in `idle`, experts that saw no token, nothing is sent,
         and what changed in them is forgotten. The new weights are in `rows`. Raises RefusedError,
-        StaleWriterError, QuorumError.
+        StaleWriterError, QuorumError; ValueError for what is not finite. After an error the buffers
+        are no good any more: go on from a checkpoint or the newest anchor.
         """
         number = self.number
-        sent = [self._send(rows) for rows in trained if rows.name not in idle]
+        if self._config.absence == "hand_over" and self._anchors is not None:
+            self._inherit(self._anchors.inherit())
+        # a gradient that is 0 may still have velocity that waits
+        skipped = () if self.rule.on_gradients else idle
+        sent = [self._send(rows) for rows in trained if rows.name not in skipped]
         self._pending[number] = [each for each in sent if each is not None]
         self._exchange.send(
             Message(
@@ -113,14 +117,28 @@ class Replica:
             self.rule.absent(missed)
         return missed
 
+    def leave(self) -> None:
+        """Ends this replica's part for good, where there are anchors: nobody waits for it any more,
+        and with absence `hand_over` another takes on what waits in its error buffers."""
+        if self._anchors is None:
+            return
+        is_left = self._config.absence == "hand_over"
+        errors = [
+            replace(self.rows[key], values=values)
+            for key, values in self.rule.own.items()
+            if is_left and key in self.rows
+        ]
+        self._anchors.leave(self.number, errors)
+
     def part_hash(self) -> str:
         """Hash of this rank's rows; those of all ranks add up to the whole weights'."""
         if self.rule.on_gradients:
-            return NO_BASE
+            return NO_HASH
         return format_hash(sum(_hash_of(each) for each in self.rows.values()))
 
     def _rule_of(self, name: str) -> OuterRule:
-        return self._whole if name.endswith(KEPT_FLOAT32) else self.rule
+        is_whole = name.endswith(KEPT_FLOAT32) and not self.rule.on_gradients
+        return self._whole if is_whole else self.rule
 
     def _send(self, trained: Rows) -> Sent | None:
         if self.rule.on_gradients:
@@ -158,6 +176,12 @@ class Replica:
             elif not may_count_yet:
                 for sent in self._pending.pop(number):
                     self._rule_of(sent.run.name).take_back(sent)
+
+    def _inherit(self, pieces: dict[str, list[Sent]]) -> None:
+        for rows in self.rows.values():
+            found = [(sent, 1.0) for sent in pieces.get(rows.name, [])]
+            if found:
+                buffer_of(rows, self.rule.own).add_(mean_of(found, rows, 1))
 
     def _start(self, anchors: Anchors) -> None:
         """Everyone begins with the same weights, however they came to theirs."""

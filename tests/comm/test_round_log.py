@@ -325,3 +325,40 @@ def test_replicas_of_two_ranks_and_a_reader_cut_otherwise(tmp_path):
     for (_, rank), replica in zip(ranks, replicas, strict=True):
         (mine,) = replica.rows.values()
         assert torch.equal(reader.rows["w", 0].values[64 * rank : 64 * rank + 64], mine.values)
+
+
+def test_one_that_leaves_is_not_waited_for_and_hands_over_what_it_had_not_sent(tmp_path):
+    options = {"expected_replicas": 3, "absence": "hand_over", "grace_s": 30.0}
+    a, b, c = (open_replica(tmp_path, config_of(n, **options)) for n in "abc")
+    round_of([a, b, c], 0)
+    b.leave()
+    left = {key: values.clone() for key, values in b.rule.own.items()}
+    kept = [{key: v.clone() for key, v in each.rule.own.items()} for each in (a, c)]
+    assert left and any(values.any() for values in left.values())
+    for each in (a, c):
+        each._inherit(each._anchors.inherit())
+    gained = [
+        {key: each.rule.own[key] - before[key] for key in before}
+        for each, before in zip((a, c), kept, strict=True)
+    ]
+    for key, values in left.items():
+        assert torch.allclose(gained[0][key] + gained[1][key], values, atol=1e-6)
+        assert not (gained[0][key].any() and gained[1][key].any())  # one heir
+    (settled, _) = round_of([a, c], 1)  # at once: nobody waits for b
+    assert settled.counted == {("a", 1), ("c", 1)} and same_bits([a, c])
+
+
+def test_a_checkpoint_goes_on_as_if_nothing_had_been(tmp_path):
+    """Rows, own and shared buffers and the number of rounds are all there is to save."""
+    a, b = (open_replica(tmp_path, config_of(n, expected_replicas=2)) for n in "ab")
+    for number in range(2):
+        round_of([a, b], number)
+    saved = [replace(rows, values=rows.values.clone()) for rows in a.rows.values()]
+    own = {key: values.clone() for key, values in a.rule.own.items()}
+    error = {key: values.clone() for key, values in a.rule.own.items()}
+    again = Replica(a._config, a._exchange, saved, a._anchors, number=a.number)
+    again.rule.own.update(own)
+    assert again.catch_up() == 0 and again.part_hash() == a.part_hash()
+    round_of([again, b], 2)
+    assert same_bits([again, b])
+    assert all(not torch.equal(again.rule.own[key], error[key]) for key in error)

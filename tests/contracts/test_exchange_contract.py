@@ -4,6 +4,7 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+import torch
 import torch.distributed as dist
 from gloo_world import run_world
 from gossamer.comm.outer.claim import join
@@ -43,11 +44,20 @@ def take_part(folder):
             settled = replica.round(rows, number * TOKENS, TOKENS, number)
             senders = " ".join(each[0].replica for each in settled.messages)
             found[f"{way} {number}"] = f"{replica.part_hash()} {senders} {exchange.next_round()}"
+    config, exchange = build_exchange("collective", folder, rank)
+    replica = Replica(replace(config, rule="dgc", inner_steps=1), exchange, [], number=0)
+    for number in range(2):
+        replica.round(initial_rows(seed=10 * number + rank), number * TOKENS, TOKENS, number)
+        gradient = torch.cat([rows.values.view(-1) for rows in replica.rows.values()])
+        found[f"gradient {number}"] = gradient
     return found
 
 
 def test_all_members_get_one_answer_and_both_ways_the_same(tmp_path):
     results = run_world(take_part, MEMBERS, str(tmp_path))
+    for number in range(2):
+        first, *others = [result.pop(f"gradient {number}") for result in results]
+        assert first.any() and all(torch.equal(first, other) for other in others)
     assert results[0] == results[1] == results[2]
     for number in range(ROUNDS):
         answers = {results[0][f"{way} {number}"] for way in WAYS}
