@@ -48,7 +48,9 @@ def trained_rows(replica, tokens_before, rate=0.2):
 
 
 def run_round(replica, tokens_before):
-    return replica.round(trained_rows(replica, tokens_before), tokens_before, TOKENS, 1)
+    settled = replica.round(trained_rows(replica, tokens_before), tokens_before, TOKENS, 1)
+    replica.catch_up()
+    return settled
 
 
 def open_replica(folder, config, takeover=False, rows=None):

@@ -38,9 +38,9 @@ class Replica:
     """The rows of one rank in float32 on the CPU, its rule, and the rounds behind them.
 
     `rows` are copied. With `number` they are a checkpoint's, from before that round (put its
-    buffers into `rule.own` and `rule.shared`). Without, they are a new replica's: the newest of
-    `anchors` takes their place or, where there is none, they make the first. Call `catch_up`
-    before the first round.
+    buffers into `rule.own` and `rule.shared`). Without, they are a new replica's: the anchor before
+    round `anchor` of `anchors` takes their place (None: the newest; ranks of one replica must
+    agree), or, where there is none, they make the first.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Replica:
         rows: Iterable[Rows],
         anchors: Anchors | None = None,
         number: int | None = None,
+        anchor: int | None = None,
     ) -> None:
         self.rule: OuterRule = build_rule(config)
         self.number = number or 0
@@ -62,7 +63,7 @@ class Replica:
         self._whole = Averaging(replace(config, averaging=AveragingConfig()))
         self._pending: dict[int, list[Sent]] = {}
         if number is None and anchors is not None and not self.rule.on_gradients:
-            self._start(anchors)
+            self._start(anchors, anchor)
 
     def round(
         self,
@@ -104,15 +105,18 @@ class Replica:
         if reason is not None:
             raise RefusedError(f"round {number} does not count this replica: {reason}")
         self._apply(settled)
-        self.catch_up()
         return settled
 
-    def catch_up(self) -> int:
-        """Applies what was settled without this replica; returns how many rounds it missed."""
-        missed = 0
-        while self.number < self._exchange.next_round():
-            self._apply(self._exchange.settle(self.number))
-            missed += 1
+    def catch_up(self, until: int | None = None) -> int:
+        """Applies rounds that were settled without this replica; returns how many it missed.
+
+        To be called before every round: one that was late may be several behind. Ranks of one
+        replica must agree `until` which round, `exchange.next_round()` as rank 0 sees it.
+        """
+        until = self._exchange.next_round() if until is None else until
+        missed = max(0, until - self.number)
+        for number in range(self.number, until):
+            self._apply(self._exchange.settle(number))
         if missed:
             self.rule.absent(missed)
         return missed
@@ -183,11 +187,12 @@ class Replica:
             if found:
                 buffer_of(rows, self.rule.own).add_(mean_of(found, rows, 1))
 
-    def _start(self, anchors: Anchors) -> None:
+    def _start(self, anchors: Anchors, number: int | None) -> None:
         """Everyone begins with the same weights, however they came to theirs."""
-        if anchors.newest() is None:
+        number = anchors.newest() if number is None else number
+        if number is None:
             self._put_anchor(anchors)
-        self.number = anchors.newest() or 0
+        self.number = number or 0
         pieces = anchors.read(self.number)
         for key, rows in self.rows.items():
             fill(rows, pieces.get(rows.name, []))

@@ -86,6 +86,7 @@ def live(folder, name, rounds=ROUNDS, kill=None, step_s=0.02, **options):
                 die()
         time.sleep(step_s)
         replica.round(rows, start, TOKENS, replica.number)
+        replica.catch_up()
         start += TOKENS
 
 
