@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, profile
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
 """Of output and input gradient, relative to ours; in bfloat16 near ties go to other experts."""
-PROFILED_STEPS = 4
-"""Of EP=2. What one of gloo's threads lets go of last is not reported, which happens now and then:
-the step that shows the lowest peak missed nothing."""
+MOST_PROFILED_STEPS = 20
+"""What one of gloo's threads lets go of last is not reported, so a step after which some tensor
+seems to have stayed is measured again, so many times at most."""
 
 
 def main() -> None:
@@ -91,6 +91,11 @@ class Training:
         self._optimizer.zero_grad()
         self._x_1TD.grad = None
 
+    @property
+    def input_bytes(self) -> int:
+        """Of x_1TD."""
+        return self._x_1TD.nbytes
+
     def resting_bytes(self) -> int:
         """Weights, moments, buffers and inputs: what is there between two steps."""
         module, moments = self._layer.module, self._optimizer.state.values()
@@ -108,13 +113,18 @@ def peak_of(build: Callable[[Shape], Layer], shape: Shape) -> int:
     gc.collect()
     training.step()  # makes the moments
     rises = []
-    for _ in range(PROFILED_STEPS if shape.ep > 1 else 1):
+    for _ in range(MOST_PROFILED_STEPS):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
             training.step()
         events = watched.profiler.kineto_results.events()
         changes = [event for event in events if event.name() == "[memory]"]
         changes.sort(key=lambda event: event.start_ns())
-        rises.append(max(accumulate(event.nbytes() for event in changes)))
+        sums = list(accumulate(event.nbytes() for event in changes))
+        rises.append(max(sums))
+        stayed = torch.tensor(sums[-1])
+        dist.all_reduce(stayed, op=dist.ReduceOp.MAX)
+        if stayed < training.input_bytes:  # less than a buffer of the layer
+            break
     peak = torch.tensor(training.resting_bytes() + min(rises))
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return int(peak)
