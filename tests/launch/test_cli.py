@@ -150,5 +150,5 @@ def test_a_broken_config_is_named(capsys, run_dir):
 
 def test_a_run_without_a_checkpoint_is_not_exported(capsys, run_dir):
     message = refused(capsys, "export", str(run_dir), str(run_dir / "out"))
-    assert f"{run_dir} holds no whole checkpoint" in message
+    assert f"{run_dir}/checkpoints holds no whole checkpoint" in message
     assert not (run_dir / "out").exists()
