@@ -122,6 +122,25 @@ def plain_bits(elements, first, steps):
 
 
 @compiled
+def least_bits(elements, first, steps):
+    """Bits of these changes at the rates that fit them best, which no model can undercut;
+    `elements` [class], `steps` [class - first, step symbol]."""
+    bits = 0.0
+    for row in range(len(steps)):
+        count = np.int64(0)
+        for symbol in range(steps.shape[1]):
+            count += steps[row, symbol]
+        for some in (count, elements[first + row] - count):
+            if some > 0:
+                bits += some * np.log2(elements[first + row] / some)
+        for symbol in range(steps.shape[1]):
+            if steps[row, symbol] > 0:
+                extra = max(0, symbol - DIRECT_STEPS)
+                bits += steps[row, symbol] * (np.log2(count / steps[row, symbol]) + extra)
+    return bits
+
+
+@compiled
 def exchange(live, positions, patterns):
     """Writes `patterns` into `live` at `positions` and leaves there what was in `live`."""
     for at in range(len(positions)):

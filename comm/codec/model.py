@@ -21,6 +21,7 @@ from gossamer.comm.codec.kernels import (
     class_range,
     count_prefixes,
     count_steps,
+    least_bits,
 )
 from gossamer.comm.run import Model, Run, name_pieces
 
@@ -172,9 +173,12 @@ def _sum(counts: Iterable[Counts]) -> Counts:
 
 def _cheaper(counts: Counts, shared: Model) -> Model:
     """A model of its own for `counts`, or `shared` where that saves too little."""
+    bits = coded_bits(counts, shared)
+    least = least_bits(counts.elements, counts.first, counts.steps)
+    if bits - least < entry_bits(shared) / 2:  # its own would hardly be shorter than half
+        return shared
     own = build_model(counts)
-    saved = coded_bits(counts, shared) - coded_bits(counts, own)
-    return own if saved > entry_bits(own) else shared
+    return own if bits - coded_bits(counts, own) > entry_bits(own) else shared
 
 
 def _frequencies(steps: np.ndarray) -> tuple[tuple[int, ...], ...]:
