@@ -35,13 +35,17 @@ def tensor_bits(tensor: torch.Tensor) -> np.ndarray:
 
 def find_changed(old: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where flat patterns differ (uint32, ascending), the old ones there, the new ones there."""
-    pieces: list[list[np.ndarray]] = []
+    pieces: list[tuple[np.ndarray, ...]] = []
     at, room = 0, len(old) // 32 + 64
     while at < len(old) or not pieces:
         found = np.empty(room, np.uint32), np.empty(room, old.dtype), np.empty(room, old.dtype)
         count, at = find_changes(old, new, at, found)
-        pieces.append([part[:count] for part in found])
+        for part in found:
+            part.resize(int(count), refcheck=False)  # in place, which a copy is not
+        pieces.append(found)
         room = 2 * room
+    if len(pieces) == 1:
+        return found
     positions, before, after = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     return positions, before, after
 
