@@ -25,7 +25,7 @@ GUESTS = {
 """Where a package may be imported; a name that ends in a slash is a folder."""
 
 COMM_PACKAGES = {"torch", "numpy", "numba", "llvmlite", "zstandard"}
-"""The base install; llvmlite is a part of numba's. A file of comm/ that needs more is named in COMM_GUESTS."""
+"""The base install; llvmlite comes with numba. Files that need more are named in COMM_GUESTS."""
 COMM_GUESTS = {
     "comm/engines/hf.py": {"transformers"},
     "comm/engines/vllm.py": {"vllm"},

@@ -77,8 +77,8 @@ def find_files(path: str, suffixes: tuple[str, ...]) -> tuple[Path, list[str]]:
     names = sorted(file.relative_to(root).as_posix() for file in found if file.is_file())
     if not names:
         raise ValueError(
-            f"data.sources: {path} is not there or holds no file; expected a file, a pattern, or a folder with"
-            f" {', '.join(f'*{suffix}' for suffix in suffixes)}"
+            f"data.sources: {path} is not there or holds no file; expected a file, a pattern, or a"
+            f" folder with {', '.join(f'*{suffix}' for suffix in suffixes)}"
         )
     return root, names
 
