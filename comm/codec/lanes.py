@@ -65,7 +65,7 @@ def differing(context, old, new, at):
         vector = ir.VectorType(ir.IntType(old.dtype.bitwidth), lanes)
         pair = []
         for kind, array in zip(signature.args[:2], arguments[:2], strict=True):
-            place = _place(context, builder, kind, array, arguments[2], vector)
+            place = place_at(context, builder, kind, array, arguments[2], vector)
             pair.append(builder.load(place, align=old.dtype.bitwidth // 8))
         bits = builder.bitcast(builder.icmp_unsigned("!=", *pair), ir.IntType(lanes))
         return bits if lanes == 64 else builder.zext(bits, _I64)
@@ -74,11 +74,11 @@ def differing(context, old, new, at):
 
 
 @intrinsic
-def lowest_bit(context, word):
-    """Number of the lowest bit that is set in `word`, not 0."""
+def trailing_zeros(context, word):
+    """Zeros below the lowest bit that is set in `word`; 64 for 0."""
 
     def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], _I1(True))
+        return builder.cttz(arguments[0], _I1(False))
 
     return types.uint64(types.uint64), generate
 
@@ -91,23 +91,23 @@ def sum_stride(context, old, at, count, table, shape):
         if not HAS_LOOKUP:
             return _I64(0)
         array, at, count, held, shape = arguments
-        place = _place(context, builder, table, held, _I64(0), _V32)
+        place = place_at(context, builder, table, held, _I64(0), _V32)
         halves = [builder.load(builder.gep(place, [_I32(half)]), align=4) for half in range(2)]
         shift, mask, first, last = (
-            _spread(builder, value) for value in cgutils.unpack_tuple(builder, shape)
+            spread(builder, value, _V32) for value in cgutils.unpack_tuple(builder, shape)
         )
         narrow = ir.VectorType(ir.IntType(old.dtype.bitwidth), _LANES)
         bits = ir.VectorType(_I1, _LANES)
         load = f"llvm.masked.load.v16i{old.dtype.bitwidth}.p0"
-        load = _function(builder, load, narrow, [narrow.as_pointer(), _I32, bits, narrow])
-        smallest = _function(builder, "llvm.umin.v16i32", _V32, [_V32, _V32])
-        greatest = _function(builder, "llvm.smax.v16i32", _V32, [_V32, _V32])
-        look_up = _function(builder, "llvm.x86.avx512.vpermi2var.d.512", _V32, [_V32] * 3)
+        load = llvm_function(builder, load, narrow, [narrow.as_pointer(), _I32, bits, narrow])
+        smallest = llvm_function(builder, "llvm.umin.v16i32", _V32, [_V32, _V32])
+        greatest = llvm_function(builder, "llvm.smax.v16i32", _V32, [_V32, _V32])
+        look_up = llvm_function(builder, "llvm.x86.avx512.vpermi2var.d.512", _V32, [_V32] * 3)
         zero, total = _V32([0] * _LANES), None
         for begin in (0, _LANES):
             lanes = _V32(list(range(begin, begin + _LANES)))
-            is_in = builder.icmp_signed("<", lanes, _spread(builder, count))
-            place = _place(context, builder, old, array, builder.add(at, _I64(begin)), narrow)
+            is_in = builder.icmp_signed("<", lanes, spread(builder, count, _V32))
+            place = place_at(context, builder, old, array, builder.add(at, _I64(begin)), narrow)
             align = _I32(old.dtype.bitwidth // 8)
             values = builder.call(load, [place, align, is_in, narrow([0] * _LANES)])
             if old.dtype.bitwidth < 32:
@@ -118,7 +118,7 @@ def sum_stride(context, old, at, count, table, shape):
             found = builder.call(look_up, [halves[0], index, halves[1]])
             found = builder.select(is_in, found, zero)
             total = found if total is None else builder.add(total, found)
-        add_up = _function(builder, "llvm.vector.reduce.add.v16i32", _I32, [_V32])
+        add_up = llvm_function(builder, "llvm.vector.reduce.add.v16i32", _I32, [_V32])
         return builder.zext(builder.call(add_up, [total]), _I64)
 
     return types.int64(old, types.uint64, types.int64, table, shape), generate
@@ -140,7 +140,7 @@ def find_changes(old, new, begin, found):
             for lane in range(stop - at):
                 differ |= u64(old[at + lane] != new[at + lane]) << lane
         while differ:
-            place = at + lowest_bit(differ)
+            place = at + trailing_zeros(differ)
             differ &= differ - u64(1)
             positions[count] = place
             before[count] = old[place]
@@ -150,18 +150,20 @@ def find_changes(old, new, begin, found):
     return count, at
 
 
-def _place(context, builder, kind, array, at, vector):
+def place_at(context, builder, kind, array, at, vector):
     """Pointer to the vector at element `at` of an array."""
     begin = context.make_array(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(begin, [at]), vector.as_pointer())
 
 
-def _spread(builder, value):
-    """A 64-bit integer in all lanes."""
-    one = builder.insert_element(_V32(ir.Undefined), builder.trunc(value, _I32), _I32(0))
-    return builder.shuffle_vector(one, _V32(ir.Undefined), _V32([0] * _LANES))
+def spread(builder, value, vector):
+    """The low 32 bits of an integer in all lanes of a vector of 32-bit ones."""
+    one = builder.insert_element(vector(ir.Undefined), builder.trunc(value, _I32), _I32(0))
+    lanes = ir.VectorType(_I32, vector.count)([0] * vector.count)
+    return builder.shuffle_vector(one, vector(ir.Undefined), lanes)
 
 
-def _function(builder, name, returned, arguments):
+def llvm_function(builder, name, returned, arguments):
+    """A function of LLVM's, declared where it is not yet."""
     kind = ir.FunctionType(returned, arguments)
     return cgutils.get_or_insert_function(builder.module, kind, name)

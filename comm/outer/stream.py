@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from gossamer.comm.codec.kernels import compiled
+from gossamer.comm.codec.lanes import trailing_zeros
 from gossamer.comm.outer.quantise import (
     HEAD_BITS,
     MAX_LEVEL,
@@ -17,7 +18,7 @@ from gossamer.comm.outer.quantise import (
     two_levels,
 )
 from gossamer.comm.outer.topk import pad, select, threshold_guess
-from gossamer.comm.outer.vectors import LANES, as_float, as_pattern, take_magnitudes, trailing_zeros
+from gossamer.comm.outer.vectors import LANES, as_float, as_pattern, take_magnitudes
 from numba import float32 as f32
 from numba import uint64 as u64
 

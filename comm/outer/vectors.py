@@ -8,6 +8,7 @@ processor has. Arrays are padded to whole vectors by whoever calls.
 from __future__ import annotations
 
 from gossamer.comm.codec.kernels import compiled
+from gossamer.comm.codec.lanes import llvm_function, place_at, spread, trailing_zeros
 from llvmlite import ir
 from numba import types
 from numba import uint64 as u64
@@ -28,17 +29,17 @@ def take_magnitudes(context, source, begin, stride, block, count):
         source, begin, stride, block, count = arguments
         greatest = cgutils.alloca_once_value(builder, _V32([0] * LANES))
         total = cgutils.alloca_once_value(builder, _VF([0.0] * LANES))
-        target = _place(context, builder, signature.args[3], block, _I64(0))
-        umax = _function(builder, f"llvm.umax.v{LANES}i32", _V32, [_V32, _V32])
+        target = place_at(context, builder, signature.args[3], block, _I64(0), _V32)
+        umax = llvm_function(builder, f"llvm.umax.v{LANES}i32", _V32, [_V32, _V32])
         with cgutils.for_range(builder, count) as loop:
             at = builder.add(begin, builder.mul(loop.index, stride))
-            place = _place(context, builder, signature.args[0], source, at)
+            place = place_at(context, builder, signature.args[0], source, at, _V32)
             values = builder.and_(builder.load(place, align=4), _V32([0x7FFFFFFF] * LANES))
             builder.store(values, builder.gep(target, [loop.index]), align=4)
             builder.store(builder.call(umax, [builder.load(greatest), values]), greatest)
             sums = builder.fadd(builder.load(total), builder.bitcast(values, _VF))
             builder.store(sums, total)
-        reduce_max = _function(builder, f"llvm.vector.reduce.umax.v{LANES}i32", _I32, [_V32])
+        reduce_max = llvm_function(builder, f"llvm.vector.reduce.umax.v{LANES}i32", _I32, [_V32])
         highest = builder.zext(builder.call(reduce_max, [builder.load(greatest)]), _I64)
         pair = [highest, _sum(builder, builder.load(total))]
         return context.make_tuple(builder, signature.return_type, pair)
@@ -52,8 +53,8 @@ def sum_from(context, block, count, least):
     """How many of block [0, count) are `least` or more, and their sum as floats."""
 
     def generate(context, builder, signature, arguments):
-        place = _place(context, builder, signature.args[0], arguments[0], _I64(0))
-        bound = _spread(builder, arguments[2])
+        place = place_at(context, builder, signature.args[0], arguments[0], _I64(0), _V32)
+        bound = spread(builder, arguments[2], _V32)
         number = cgutils.alloca_once_value(builder, _V32([0] * LANES))
         total = cgutils.alloca_once_value(builder, _VF([0.0] * LANES))
         with cgutils.for_range(builder, _vectors(builder, arguments[1])) as loop:
@@ -64,7 +65,7 @@ def sum_from(context, block, count, least):
             kept = builder.select(reach, values, _V32([0] * LANES))
             kept = builder.fadd(builder.load(total), builder.bitcast(kept, _VF))
             builder.store(kept, total)
-        add_up = _function(builder, f"llvm.vector.reduce.add.v{LANES}i32", _I32, [_V32])
+        add_up = llvm_function(builder, f"llvm.vector.reduce.add.v{LANES}i32", _I32, [_V32])
         number = builder.zext(builder.call(add_up, [builder.load(number)]), _I64)
         pair = [number, _sum(builder, builder.load(total))]
         return context.make_tuple(builder, signature.return_type, pair)
@@ -78,8 +79,8 @@ def reach(context, block, at, least):
     """Bit i is set where block[at + i] is `least` or more, over LANES elements."""
 
     def generate(context, builder, signature, arguments):
-        place = _place(context, builder, signature.args[0], arguments[0], arguments[1])
-        values, bound = builder.load(place, align=4), _spread(builder, arguments[2])
+        place = place_at(context, builder, signature.args[0], arguments[0], arguments[1], _V32)
+        values, bound = builder.load(place, align=4), spread(builder, arguments[2], _V32)
         return builder.bitcast(builder.icmp_unsigned(">=", values, bound), _I64)
 
     return types.uint64(block, types.uint64, types.uint64), generate
@@ -91,16 +92,6 @@ def count_bits(context, word):
 
     def generate(context, builder, signature, arguments):
         return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), generate
-
-
-@intrinsic
-def trailing_zeros(context, word):
-    """Zeros below the lowest bit that is set; 64 for 0."""
-
-    def generate(context, builder, signature, arguments):
-        return builder.cttz(arguments[0], ir.IntType(1)(False))
 
     return types.uint64(types.uint64), generate
 
@@ -150,22 +141,5 @@ def _vectors(builder, count):
 
 
 def _sum(builder, lanes):
-    add_up = _function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _F32, [_F32, _VF])
+    add_up = llvm_function(builder, f"llvm.vector.reduce.fadd.v{LANES}f32", _F32, [_F32, _VF])
     return builder.call(add_up, [_F32(0.0), lanes], fastmath=("reassoc",))
-
-
-def _place(context, builder, kind, array, at):
-    """Pointer to the vector at element `at` of an array."""
-    begin = context.make_array(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(begin, [at]), _V32.as_pointer())
-
-
-def _spread(builder, value):
-    """The low 32 bits of an integer in all lanes."""
-    one = builder.insert_element(_V32(ir.Undefined), builder.trunc(value, _I32), _I32(0))
-    return builder.shuffle_vector(one, _V32(ir.Undefined), _V32([0] * LANES))
-
-
-def _function(builder, name, returned, arguments):
-    kind = ir.FunctionType(returned, arguments)
-    return cgutils.get_or_insert_function(builder.module, kind, name)
