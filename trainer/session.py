@@ -19,16 +19,16 @@ from gossamer.comm.log import WeightLog
 from gossamer.comm.names import published_dtype
 from gossamer.comm.publisher import Published, Publisher, Rows
 from gossamer.comm.signing import Signer
-from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data.mixture import task_source
+from gossamer.trainer.engine import build_engine
 from gossamer.trainer.evaluate import greedy_exact_match
 from gossamer.trainer.feed import Feed
 from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.trace import RoutingTrace
-from gossamer.trainer.optim import build_adamw, decays, lr_at
+from gossamer.trainer.optim import lr_at
 from gossamer.trainer.placement import PlacedExperts
 from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
 from gossamer.trainer.proof import trainer_state_hash
@@ -65,15 +65,7 @@ class Session:
         self.dims = build_dims(config.parallel)
         hf = hf_config(config.model, tokenizer.hf_fields())
         self.model = build_model(config.model, hf, self.dims, config.seed)
-        self.engine = DeepSpeedEngine(
-            self.model.module,
-            self.model.blocks,
-            self.model.segments,
-            self.dims,
-            config.parallel,
-            lambda groups: build_adamw(groups, config.optim),
-            decays,
-        )
+        self.engine = build_engine(self.model, self.dims, config.parallel, config.optim)
         self._experts = PlacedExperts(self.model, self.engine, self.dims)
         self._live_placement = LivePlacement(config.parallel, self._experts, self.dims)
         self._log = WeightLog.open(place.run_dir / LOG_FOLDER, run_id=place.name)

@@ -16,7 +16,6 @@ from gossamer.trainer.evaluate import heldout_loss
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.config import MoEConfig
 from gossamer.trainer.moe.router import Routing
-from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.update import update
 from test_equal_under_topology import HF, config_for, fixed_batch, whole_tensors
 
@@ -34,22 +33,14 @@ def uneven_batch() -> TokenBatch:
 
 def first_update(expert: int, micro_rows: int, scope: str) -> dict:
     """Numbers and first moments of one update, and the losses by what its routers decided."""
-    from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
+    from gossamer.trainer.engine import build_engine
 
     config = config_for(1, expert, 1, micro_rows)
     moe = MoEConfig(balance_scope=scope, z_loss_coef=0.1)
     config = replace(config, model=ModelConfig(hf=HF, balance_loss_coef=0.1, moe=moe))
     dims = build_dims(config.parallel)
     model = build_model(config.model, hf_config(config.model, {}), dims, seed=3)
-    engine = DeepSpeedEngine(
-        model.module,
-        model.blocks,
-        model.segments,
-        dims,
-        config.parallel,
-        lambda groups: build_adamw(groups, config.optim),
-        decays,
-    )
+    engine = build_engine(model, dims, config.parallel, config.optim)
     routed: list[tuple[int, Routing]] = []
     for layer, block in enumerate(model.blocks):
         block.gate.register_forward_hook(

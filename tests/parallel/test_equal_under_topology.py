@@ -9,7 +9,6 @@ from gossamer.parallel.engine import Owned
 from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import DataConfig, ModelConfig, OptimConfig, PhaseConfig, TrainConfig
 from gossamer.trainer.model import build_model, hf_config
-from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.update import update
 
 HF = {
@@ -76,20 +75,12 @@ def train_on(
     hf: dict = HF,
 ) -> dict:
     """Losses of two updates, norm, expert load, and this rank's rows of first-update moments."""
-    from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
+    from gossamer.trainer.engine import build_engine
 
     config = config_for(data, expert, zero_stage, micro_rows, levels, hf)
     dims = build_dims(config.parallel)
     model = build_model(config.model, hf_config(config.model, {}), dims, seed=3)
-    engine = DeepSpeedEngine(
-        model.module,
-        model.blocks,
-        model.segments,
-        dims,
-        config.parallel,
-        lambda groups: build_adamw(groups, config.optim),
-        decays,
-    )
+    engine = build_engine(model, dims, config.parallel, config.optim)
     batch = fixed_batch(num_rows)
     first = update(model, engine, dims, batch, 1e-2, config)
     rows = [_plain(owned) for owned in engine.owned(with_moments=True)]

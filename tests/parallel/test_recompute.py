@@ -12,7 +12,6 @@ from gossamer.trainer.config import ModelConfig, TrainConfig
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.config import DenseToSparseConfig, MoEConfig
 from gossamer.trainer.moe.router import LinearRouter, Routing
-from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.update import update
 from test_equal_under_topology import HF, config_for, fixed_batch
 from torch import Tensor
@@ -77,20 +76,12 @@ def config_of(case: str, recompute: str) -> TrainConfig:
 
 
 def two_updates(case: str, recompute: str) -> dict:
-    from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
+    from gossamer.trainer.engine import build_engine
 
     config = config_of(case, recompute)
     dims = build_dims(config.parallel)
     model = build_model(config.model, hf_config(config.model, {}), dims, seed=3)
-    engine = DeepSpeedEngine(
-        model.module,
-        model.blocks,
-        model.segments,
-        dims,
-        config.parallel,
-        lambda groups: build_adamw(groups, config.optim),
-        decays,
-    )
+    engine = build_engine(model, dims, config.parallel, config.optim)
     torch.manual_seed(dims.rank)
     seen: dict[str, Tensor] = {}
     for step in range(2):

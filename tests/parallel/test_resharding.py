@@ -9,7 +9,6 @@ from gossamer.comm.log import WeightLog
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
 from gossamer.trainer.model import build_model, hf_config
-from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.saving import Progress, Saver
 from gossamer.trainer.update import update
 from test_equal_under_topology import config_for, fixed_batch
@@ -23,22 +22,14 @@ class Replica:
     """A model, its engine and what saves them, under one topology."""
 
     def __init__(self, topology: tuple[int, int, int], root: str, epoch: int):
-        from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
+        from gossamer.trainer.engine import build_engine
 
         expert, data, zero_stage = topology
         self.config = config_for(data, expert, zero_stage, micro_rows=8)
         self.dims = build_dims(self.config.parallel)
         model = build_model(self.config.model, hf_config(self.config.model, {}), self.dims, 3)
         self.model, self.events = model, []
-        self.engine = DeepSpeedEngine(
-            model.module,
-            model.blocks,
-            model.segments,
-            self.dims,
-            self.config.parallel,
-            lambda groups: build_adamw(groups, self.config.optim),
-            decays,
-        )
+        self.engine = build_engine(model, self.dims, self.config.parallel, self.config.optim)
         log = WeightLog.open(f"{root}/log", create=True)
         parts = (self.config.checkpoint, root, epoch, self.engine, model, log)
         self.saver = Saver(*parts, self.events.append)

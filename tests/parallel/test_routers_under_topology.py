@@ -18,7 +18,6 @@ from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.config import DenseToSparseConfig, GrowingKConfig, MoEConfig
 from gossamer.trainer.moe.diversify import diversified
 from gossamer.trainer.moe.trace import RoutingTrace
-from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.update import update
 
 HF = {
@@ -61,7 +60,7 @@ def fixed_batch() -> TokenBatch:
 def build(
     router: str, moe: MoEConfig, data: int, expert: int, capacity: float | None = None
 ) -> tuple:
-    from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
+    from gossamer.trainer.engine import build_engine
 
     dispatch = DispatchConfig(capacity_factor=capacity)
     config = TrainConfig(
@@ -73,15 +72,7 @@ def build(
     )
     dims = build_dims(config.parallel)
     model = build_model(config.model, hf_config(config.model, {}), dims, seed=3)
-    engine = DeepSpeedEngine(
-        model.module,
-        model.blocks,
-        model.segments,
-        dims,
-        config.parallel,
-        lambda groups: build_adamw(groups, config.optim),
-        decays,
-    )
+    engine = build_engine(model, dims, config.parallel, config.optim)
     return model, engine, dims, config
 
 

@@ -19,7 +19,6 @@ from gossamer.trainer.batch import TokenBatch
 from gossamer.trainer.config import DataConfig, ModelConfig, OptimConfig, PhaseConfig, TrainConfig
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.trace import RoutingTrace
-from gossamer.trainer.optim import build_adamw, decays
 from gossamer.trainer.placement import PlacedExperts
 from gossamer.trainer.replacement import LivePlacement
 from gossamer.trainer.update import update
@@ -65,7 +64,7 @@ class World:
     """One rank, with its model, its engine and where its experts live."""
 
     def __init__(self, parallel: ParallelConfig, **model: object) -> None:
-        from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
+        from gossamer.trainer.engine import build_engine
 
         self.config = TrainConfig(
             phases=(PhaseConfig(name="p", kind="next_token", max_steps=9, lr=1e-2),),
@@ -76,15 +75,7 @@ class World:
         )
         self.dims = build_dims(parallel)
         self.model = build_model(self.config.model, hf_config(self.config.model, {}), self.dims, 3)
-        self.engine = DeepSpeedEngine(
-            self.model.module,
-            self.model.blocks,
-            self.model.segments,
-            self.dims,
-            parallel,
-            lambda groups: build_adamw(groups, self.config.optim),
-            decays,
-        )
+        self.engine = build_engine(self.model, self.dims, parallel, self.config.optim)
         self.experts = PlacedExperts(self.model, self.engine, self.dims)
 
     def update(self, seed: int, trace: RoutingTrace | None = None) -> dict:
