@@ -165,7 +165,7 @@ class Saver:
             "data": data,
             "log": {"version": version},
         }
-        owned = chain(self._engine.owned(with_moments=True), self.buffers())
+        owned = chain(self._engine.owned(with_moments=True), owned_buffers(self._model))
         snapshot = take_snapshot(owned, target.rank)
         self._event = {
             "step": progress.step,
@@ -212,12 +212,6 @@ class Saver:
             self._write.join(WAIT_S)
             self.poll()
 
-    def buffers(self) -> Iterator[Owned]:
-        """Routing biases: alike on every rank, and the first rank's."""
-        if dist.get_rank() == 0:
-            for name, values in self._model.buffers().items():
-                yield Owned(name, tuple(values.shape), 0, len(values), values, {})
-
     def restore(self, checkpoint: Checkpoint) -> Progress:
         """Puts engine, biases and RNG back. Raises ValueError for another model's checkpoint."""
         held = sum(math.prod(shape) for shape in checkpoint.shapes.values())
@@ -248,3 +242,10 @@ class Saver:
                 f"this is writer epoch {self._epoch} of the run, but a later one has begun;"
                 " no checkpoint was committed"
             )
+
+
+def owned_buffers(model: MoEModel) -> Iterator[Owned]:
+    """Routing biases: alike on every rank, and the first rank's."""
+    if dist.get_rank() == 0:
+        for name, values in model.buffers().items():
+            yield Owned(name, tuple(values.shape), 0, len(values), values, {})

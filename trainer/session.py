@@ -7,18 +7,13 @@ through the log; the rest is rebuilt from the config.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from gossamer.comm.log import WeightLog
-from gossamer.comm.names import published_dtype
-from gossamer.comm.publisher import Published, Publisher, Rows
-from gossamer.comm.signing import Signer
 from gossamer.parallel.dims import build_dims
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data.mixture import task_source
@@ -30,8 +25,8 @@ from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import lr_at
 from gossamer.trainer.placement import PlacedExperts
-from gossamer.trainer.prepare import LOG_FOLDER, load_problems, load_run_tokenizer
-from gossamer.trainer.proof import trainer_state_hash
+from gossamer.trainer.prepare import load_problems, load_run_tokenizer
+from gossamer.trainer.publishing import Publishing
 from gossamer.trainer.replacement import LivePlacement
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.saving import Progress, RunPlace, Saver, checkpoint_root, open_whole
@@ -55,7 +50,6 @@ class Session:
         if config.deterministic:
             be_deterministic(config.seed)
         self.config, self.place, self.progress = config, place, Progress()
-        self._published: Published | None = None
         self._on_checkpoint = on_checkpoint
         self._is_first_rank = dist.get_rank() == 0
         checkpoint, self._torn = open_whole(place.resume_from) if place.resume_from else (None, {})
@@ -68,9 +62,9 @@ class Session:
         self.engine = build_engine(self.model, self.dims, config.parallel, config.optim)
         self._experts = PlacedExperts(self.model, self.engine, self.dims)
         self._live_placement = LivePlacement(config.parallel, self._experts, self.dims)
-        self._log = WeightLog.open(place.run_dir / LOG_FOLDER, run_id=place.name)
-        self._epoch = self._claim_epoch()
-        self._publisher = self._build_publisher()
+        self._publishing = Publishing(
+            config, place, self.dims, self.engine, self.model, self._event
+        )
         data_state = checkpoint.state["data"] if checkpoint else None
         self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
@@ -84,31 +78,19 @@ class Session:
         if checkpoint:
             self.progress = self._saver.restore(checkpoint)
 
-    def _build_publisher(self) -> Publisher:
-        key, dims = self.config.log.signing_key_path, self.dims
-        signer = Signer.from_file(key) if key else None
-        return Publisher(
-            self._log, dims.rank, dims.world_size, self._epoch, self.config.log, signer
-        )
-
     def _build_saver(self) -> Saver:
         return Saver(
             self.config.checkpoint,
             checkpoint_root(self.config.checkpoint.url, self.place.run_dir),
-            self._epoch,
+            self._publishing.epoch,
             self.engine,
             self.model,
-            self._log,
+            self._publishing.log,
             self._on_saved,
             tuple(self._torn),
         )
 
     # --- the loop's steps -----------------------------------------------------------------------
-
-    @property
-    def version(self) -> int | None:
-        """The last version that this attempt published."""
-        return self._published.version if self._published else None
 
     def start(self) -> None:
         """Says who runs; a run that resumes inside a grpo phase publishes where it stands."""
@@ -193,43 +175,16 @@ class Session:
         if decision is not None:
             self._event("placement", step=step, **decision)
             if decision["is_moved"]:
-                self._publisher.start_over()
+                self._publishing.start_over()
 
     def publish(self, phase: PhaseConfig) -> None:
         """Publishes the weights as the log's next version and asks for the batches it allows."""
         if phase.kind != "grpo":
             return
-        version = self._publish().version
+        version = self._publishing.publish(self.progress.step)
         if self._feed.rollouts:
             steps = range(self.progress.phase_step, phase.max_steps)
             self._feed.rollouts.ask_ahead(version, steps)
-
-    def _publish(self) -> Published:
-        is_takeover = self._published is None and self._log.head() is not None
-        dist.barrier()  # every rank has looked at the head before part 0 may move it
-        start_s = time.perf_counter()
-        published = self._published = self._publisher.publish(
-            self._rows(), self.progress.step, self.progress.step if is_takeover else None
-        )
-        if self._is_first_rank:
-            manifest = self._log.manifest(published.version)
-            parts = manifest.delta or manifest.anchor
-            self._event(
-                "publish",
-                version=published.version,
-                step=self.progress.step,
-                kind="delta" if manifest.delta else "anchor",
-                frame_bytes=sum(part.nbytes for part in parts),
-                full_bytes=manifest.full_bytes,
-                density=manifest.num_changed / manifest.num_elements,
-                export_s=published.export_s,
-                find_s=published.find_s,
-                encode_s=published.encode_s,
-                put_s=published.put_s,
-                wait_s=published.wait_s,
-                publish_s=time.perf_counter() - start_s,
-            )
-        return published
 
     def record(self, phase: PhaseConfig, result: UpdateResult) -> None:
         """Writes the update's numbers."""
@@ -284,7 +239,7 @@ class Session:
 
     def checkpoint(self) -> None:
         """Begins to write the whole state. Refuses when a later attempt has begun."""
-        self._saver.save(self.progress, self._feed.state(), self.version)
+        self._saver.save(self.progress, self._feed.state(), self._publishing.version)
 
     def _on_saved(self, saved: dict[str, Any]) -> None:
         self._event("checkpoint", **saved)
@@ -293,7 +248,7 @@ class Session:
     def finish(self) -> None:
         """Has every engine, if there are any, prove that it holds the trainer's own last bits."""
         if any(phase.kind == "grpo" for phase in self.config.phases):
-            self._audit()
+            self._publishing.audit(self.progress.step, self._feed.rollouts)
         self._profiler.close()
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
@@ -314,37 +269,6 @@ class Session:
             self._events = EventLog(place.run_dir)
             self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
 
-    def _audit(self) -> None:
-        published = self._published
-        if published is None or published.step != self.progress.step:
-            # learned from text since, or resumed from the very last checkpoint
-            published = self._publish()
-        expected = trainer_state_hash(self._rows())
-        if self._feed.rollouts:
-            for engine, found in self._feed.rollouts.audit(published.version).items():
-                self._event(
-                    "audit",
-                    engine=engine,
-                    version=published.version,
-                    state_hash=found,
-                    trainer_state_hash=expected,
-                    equal=found == expected,
-                )
-
-    def _rows(self) -> Iterator[Rows]:
-        """What this rank owns, rounded as it is published."""
-        dtype = getattr(torch, self.config.log.publish_dtype)
-        for owned in chain(self.engine.owned(with_moments=False), self._saver.buffers()):
-            values = owned.master.to(published_dtype(owned.name, dtype)).contiguous()
-            yield Rows(owned.name, owned.shape, owned.row_start, values)
-
-    def _claim_epoch(self) -> int:
-        """One epoch for all ranks, claimed by the first; a later attempt takes over."""
-        takeover = self.place.attempt > 1 or self.place.resume_from is not None
-        epoch = torch.tensor(self._log.claim_epoch(takeover) if self._is_first_rank else 0)
-        dist.broadcast(epoch, src=0)
-        return int(epoch)
-
     def _measure_heldout(self) -> None:
         if self._feed.rollouts:
             exact, problems = self._feed.rollouts.heldout_exact_match()
@@ -355,7 +279,7 @@ class Session:
             "eval",
             name=name,
             step=self.progress.step,
-            version=self.version,
+            version=self._publishing.version,
             exact_match=exact_match,
             problems=problems,
         )
