@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import deepspeed
@@ -24,7 +24,8 @@ from gossamer.parallel.config import ParallelConfig
 from gossamer.parallel.dims import ParallelDims
 from gossamer.parallel.engine import LogicalSegments, Owned, ReadRows
 from gossamer.parallel.exact_norm import SquareSums
-from gossamer.parallel.flat_layout import FlatLayout, Run, Segment
+from gossamer.parallel.flat_layout import FlatLayout, Segment
+from gossamer.parallel.flat_state import StateGroup, gather_run
 from gossamer.parallel.gather import gather_texts
 from gossamer.parallel.placement.apply import Copy, copies, exchange
 from torch import Tensor, nn
@@ -42,23 +43,6 @@ class ExpertBlock(Protocol):
     def experts(self) -> nn.Module:
         """Holds this rank's experts' parameters and no others."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class _StateGroup:
-    """One parameter group: its layout, this rank's shard of it and the ranks that share it."""
-
-    layout: FlatLayout
-    offsets: dict[str, int]
-    """First element of each of its parameters, by name; the same on every expert rank."""
-    parameter: nn.Parameter
-    """The flat master shard that the optimizer updates."""
-    local_start: int
-    local_stop: int
-    partition: int
-    process_group: dist.ProcessGroup | None
-    is_replicated: bool
-    """Stage 0: every rank of the group holds all of it."""
 
 
 class DeepSpeedEngine:
@@ -113,7 +97,7 @@ class DeepSpeedEngine:
         self.num_updates += 1
         return norm
 
-    def _gradients(self) -> Iterator[tuple[tuple[_StateGroup, int], Tensor]]:
+    def _gradients(self) -> Iterator[tuple[tuple[StateGroup, int], Tensor]]:
         """((group, flat offset), gradient) for every piece of gradient this rank keeps."""
         for index, state in enumerate(self._states):
             if self._stage == 0:
@@ -162,7 +146,7 @@ class DeepSpeedEngine:
     def owned(self, with_moments: bool) -> Iterator[Owned]:
         for state in self._states:
             for run in state.layout.runs():
-                tensors = self._gather_run(state, run, with_moments)
+                tensors = gather_run(state, run, self._buffers(state, with_moments))
                 if tensors is None:
                     continue
                 rows = (run.row_stop - run.row_start, *run.segment.shape[1:])
@@ -220,7 +204,7 @@ class DeepSpeedEngine:
             self._engine.optimizer.update_lp_params()
         return num_bytes
 
-    def _buffers(self, state: _StateGroup, with_moments: bool) -> dict[str, Tensor]:
+    def _buffers(self, state: StateGroup, with_moments: bool) -> dict[str, Tensor]:
         """This rank's flat shard of masters and, if asked for and there, of moments."""
         buffers = {"master": state.parameter.detach().view(-1)}
         if with_moments:
@@ -228,44 +212,14 @@ class DeepSpeedEngine:
             buffers |= {k: moments[k].view(-1) for k in ("exp_avg", "exp_avg_sq") if k in moments}
         return buffers
 
-    def _create_moments(self, state: _StateGroup, num_updates: int) -> None:
+    def _create_moments(self, state: StateGroup, num_updates: int) -> None:
         self._optimizer.state[state.parameter] = {
             "step": torch.tensor(float(num_updates)),
             "exp_avg": torch.zeros_like(state.parameter),
             "exp_avg_sq": torch.zeros_like(state.parameter),
         }
 
-    def _gather_run(
-        self, state: _StateGroup, run: Run, with_moments: bool
-    ) -> dict[str, Tensor] | None:
-        """The run's flat tensors on its owner, None elsewhere; moves pieces that lie elsewhere."""
-        buffers, mine = self._buffers(state, with_moments), state.partition
-        if state.is_replicated:
-            local = slice(run.start, run.stop)
-            return {k: b[local] for k, b in buffers.items()} if run.owner == mine else None
-        pieces = state.layout.pieces(run.start, run.stop)
-        if len(pieces) == 1:
-            local = slice(run.start - state.local_start, run.stop - state.local_start)
-            return {k: b[local] for k, b in buffers.items()} if run.owner == mine else None
-
-        parts: list[Tensor] = []
-        for partition, start, stop in pieces:
-            local = slice(start - state.local_start, stop - state.local_start)
-            if partition == mine:
-                held = torch.stack([b[local] for b in buffers.values()])
-                if partition == run.owner:
-                    parts.append(held)
-                else:
-                    dist.send(held, group_dst=run.owner, group=state.process_group)
-            elif mine == run.owner:
-                received = buffers["master"].new_empty((len(buffers), stop - start))
-                dist.recv(received, group_src=partition, group=state.process_group)
-                parts.append(received)
-        if mine != run.owner:
-            return None
-        return dict(zip(buffers, torch.cat(parts, dim=1), strict=True))
-
-    def _zero_states(self, segments: LogicalSegments) -> Iterator[_StateGroup]:
+    def _zero_states(self, segments: LogicalSegments) -> Iterator[StateGroup]:
         """State groups of DeepSpeed's stage 1 and 2 optimizer."""
         zero, names = self._engine.optimizer, {id(p): n for n, p in self._parameters.items()}
         for i, parameters in enumerate(zero.round_robin_bit16_groups):
@@ -273,7 +227,7 @@ class DeepSpeedEngine:
             offsets = {names[id(parameter)]: int(start) for parameter, start in starts}
             size, group = int(zero.partition_size[i]), zero.real_dp_process_group[i]
             partition = dist.get_rank(group)
-            yield _StateGroup(
+            yield StateGroup(
                 layout=FlatLayout(_place(segments, offsets), size),
                 offsets=offsets,
                 parameter=zero.single_partition_of_fp32_groups[i],
@@ -284,7 +238,7 @@ class DeepSpeedEngine:
                 is_replicated=False,
             )
 
-    def _replicated_states(self, segments: LogicalSegments) -> Iterator[_StateGroup]:
+    def _replicated_states(self, segments: LogicalSegments) -> Iterator[StateGroup]:
         """State groups without ZeRO: one per parameter, the same on every rank that holds it."""
         for name, parameter in self._parameters.items():
             expert_group = getattr(parameter, "group_name", None)
@@ -293,7 +247,7 @@ class DeepSpeedEngine:
                 if expert_group
                 else dist.group.WORLD
             )
-            yield _StateGroup(
+            yield StateGroup(
                 layout=FlatLayout(
                     _place(segments, {name: 0}),
                     -(-parameter.numel() // dist.get_world_size(group)),
