@@ -51,9 +51,12 @@ def add_log_commands(parser: argparse.ArgumentParser) -> None:
         default=GRACE_S,
         help="parts outlive their manifest this long: a pass deletes those of earlier passes",
     )
-    command = add("serve", "offer the log over HTTP, read only", _serve)
+    command = add("serve", "offer the log over HTTP", _serve)
     command.add_argument("--host", default="127.0.0.1")
     command.add_argument("--port", type=int, default=8470, help="0: a free one")
+    command.add_argument(
+        "--writable", action="store_true", help="any folder, that whoever may read may write"
+    )
     command = add("mirror", "copy the log to a nearer store", _mirror)
     command.add_argument("destination", metavar="DST")
     command.add_argument("--follow", action="store_true", help="go on with new versions")
@@ -149,11 +152,16 @@ def _gc(arguments: argparse.Namespace) -> None:
 def _serve(arguments: argparse.Namespace) -> None:
     import threading
 
+    from gossamer.comm.store import open_store
     from gossamer.comm.store.serve import serve
 
-    log = _open(arguments)
-    server = serve(log.store, arguments.host, arguments.port)
-    print(f"run {log.run_id} at {server.url}", flush=True)
+    if arguments.writable:
+        store, what = open_store(arguments.log, create=True), arguments.log
+    else:
+        log = _open(arguments)
+        store, what = log.store, f"run {log.run_id}"
+    server = serve(store, arguments.host, arguments.port, arguments.writable)
+    print(f"{what} at {server.url}", flush=True)
     try:
         threading.Event().wait()
     finally:

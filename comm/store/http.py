@@ -1,4 +1,4 @@
-"""Reads a log that `gossamer log serve` serves, also through an ordinary HTTP cache.
+"""Reads what `gossamer log serve` serves, also through an ordinary HTTP cache; writes where it may.
 
 The one idea: a body counts only with the length and the range that were asked for. What was cut
 goes on at the byte where it stopped, and only where the server says that the file cannot change.
@@ -6,9 +6,11 @@ goes on at the byte where it stopped, and only where the server says that the fi
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import secrets
 import select
 import threading
 from collections.abc import Iterator
@@ -23,6 +25,9 @@ TOKEN_VARIABLE = "GOSSAMER_LOG_TOKEN"
 """A word that server and readers share; it is sent in clear, so use it over https."""
 
 SILENCE_S = 30.0
+PUT_TOKEN = "X-Gossamer-Put"
+"""Of one put, so that a put whose answer was lost knows its own file when it is made again."""
+
 CHUNK_BYTES = 1 << 18
 TRANSIENT = {408, 425, 429}
 NUMBER = r"([0-9]{1,18})"
@@ -40,8 +45,11 @@ class HttpStore:
         self._kept = threading.local()
 
     def put(self, name: str, data: bytes, overwrite: bool = False) -> bool:
-        """Refuses."""
-        raise StoreError(f"store {self.url} is read only: {name} must be put where it is served")
+        """See Store.put; StoreError where the server does not let write."""
+        headers = {PUT_TOKEN: secrets.token_hex(16), "Content-Length": str(len(data))}
+        if not overwrite:
+            headers["If-None-Match"] = "*"
+        return self._write("PUT", name, headers, data) != 412
 
     def get(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
         """See Store.get."""
@@ -79,8 +87,18 @@ class HttpStore:
             return None
 
     def delete(self, name: str) -> None:
-        """Refuses."""
-        raise StoreError(f"store {self.url} is read only: {name} must be deleted where it lies")
+        """See Store.delete; StoreError where the server does not let write."""
+        self._write("DELETE", name, {}, b"")
+
+    def _write(self, method: str, name: str, headers: dict[str, str], data: bytes) -> int:
+        target = self._target(name)
+
+        def attempt() -> int:
+            with self._answer(method, target, headers, name, data) as answer:
+                self._length(answer, name)
+                return answer.status
+
+        return ask(f"store {self.url}: {method.lower()} {name}", self._patience_s, attempt)
 
     def _target(self, name: str) -> str:
         return f"{self._place.path}/{quote(checked_name(name, self.url))}"
@@ -146,14 +164,23 @@ class HttpStore:
 
     @contextmanager
     def _answer(
-        self, method: str, target: str, headers: dict[str, str], name: str
+        self, method: str, target: str, headers: dict[str, str], name: str, data: bytes = b""
     ) -> Iterator[HTTPResponse]:
-        """A response of status 200; to a Range also 206 and 416. Raises Unanswered and others."""
+        """A response of status 200; to a Range also 206 and 416, to an If-None-Match also 412.
+
+        Raises Unanswered and others.
+        """
         connection, answer, may_change = self._connection(), None, False
+        also = (206, 416) if "Range" in headers else (412,) if "If-None-Match" in headers else ()
         try:
-            connection.request(method, target, headers=headers | _authorization())
+            try:
+                # in pieces: a socket's timeout is for one of them
+                body = io.BytesIO(data) if data else None
+                connection.request(method, target, body=body, headers=headers | _authorization())
+            except BrokenPipeError:
+                pass  # refused before it was sent whole: the answer says why
             answer = connection.getresponse()
-            if answer.status != 200 and not ("Range" in headers and answer.status in (206, 416)):
+            if answer.status not in (200, *also):
                 raise self._refusal(answer, name)
             may_change = "immutable" not in answer.getheader("Cache-Control", "")
             yield answer
@@ -170,6 +197,8 @@ class HttpStore:
     def _refusal(self, answer: HTTPResponse, name: str) -> Exception:
         if answer.status == 404:
             return FileNotFoundError(f"{name} is missing from store {self.url}")
+        if answer.status in (405, 501):
+            return StoreError(f"store {self.url} is read only: {name} must be put where it lies")
         said = f"{answer.status} {answer.reason}"
         if answer.status in TRANSIENT or answer.status >= 500:
             return Unanswered(said)
@@ -181,7 +210,8 @@ class HttpStore:
         kept: HTTPConnection | None = getattr(self._kept, "connection", None)
         if kept is None:
             kind = HTTPSConnection if self._place.scheme == "https" else HTTPConnection
-            kept = kind(self._place.netloc.rpartition("@")[2], timeout=SILENCE_S)
+            host = self._place.netloc.rpartition("@")[2]
+            kept = kind(host, timeout=SILENCE_S, blocksize=CHUNK_BYTES)
             self._kept.connection = kept
         # bytes that nobody asked for, or the other side's goodbye
         elif kept.sock:

@@ -1,10 +1,11 @@
-"""Serves any store over HTTP, read only: what `gossamer log serve` runs and HttpStore reads.
+"""Serves any store over HTTP: what `gossamer log serve` runs and HttpStore asks.
 
 The one idea: every file but a hint is written once, so it may be cached for ever by whoever stands
 in between, and a range of it is the same bytes today and tomorrow.
 
     GET, HEAD /NAME        a file, or a range of it
     GET /?list=PREFIX      names as a JSON list
+    PUT, DELETE /NAME      where it is writable; `If-None-Match: *` creates, or answers 412
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import os
 import re
 import socket
 import threading
+from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from gossamer.comm.store import Store, checked_name
-from gossamer.comm.store.http import TOKEN_VARIABLE
+from gossamer.comm.store.http import PUT_TOKEN, TOKEN_VARIABLE
 
-WRITTEN_ONCE = re.compile(r"(manifest|epoch|fold)-[\d-]+\.json|parts/.+")
-"""Files that never change. log.json is not one: a new run may take the place of an old one."""
+WRITTEN_ONCE = re.compile(r"(manifest|epoch|fold)-[\d-]+\.json|(parts|rounds|anchors)/.+")
+"""Files that never change, or that readers know by their hash. log.json is not one: a new run may
+take the place of an old one."""
 
 CHUNK_BYTES = 8 << 20
+REMEMBERED_PUTS = 10_000
 SILENCE_S = 60.0
 
 
@@ -36,10 +40,14 @@ class LogServer(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, store: Store, host: str, port: int, token: str | None) -> None:
-        super().__init__((host, port), _Handler)
+    def __init__(
+        self, store: Store, host: str, port: int, token: str | None, writable: bool = False
+    ) -> None:
+        super().__init__((host, port), _WritingHandler if writable else _Handler)
         self.store = store
         self.token = token
+        self._turn = threading.Lock()
+        self._created: dict[str, str] = {}
         self.url = f"http://{host}:{self.server_port}"
         self._open: set[socket.socket] = set()
         self._loop = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
@@ -55,6 +63,16 @@ class LogServer(ThreadingHTTPServer):
                 each.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass  # it hung up first
+
+    def create(self, name: str, data: bytes, token: str) -> bool:
+        """Puts a new file; True also for the same put, told by its token, once more."""
+        with self._turn:
+            if not self.store.put(name, data):
+                return bool(token) and self._created.get(name) == token
+            self._created[name] = token
+            if len(self._created) > REMEMBERED_PUTS:
+                del self._created[next(iter(self._created))]
+            return True
 
     def get_request(self) -> tuple[socket.socket, Any]:
         """See socketserver: one more connection."""
@@ -87,9 +105,12 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def _reply(self, with_body: bool) -> None:
+    def _is_known(self) -> bool:
         token, said = self.server.token, self.headers.get("Authorization", "")
-        if token and not hmac.compare_digest(said.encode(), f"Bearer {token}".encode()):
+        return not token or hmac.compare_digest(said.encode(), f"Bearer {token}".encode())
+
+    def _reply(self, with_body: bool) -> None:
+        if not self._is_known():
             return self._refuse(HTTPStatus.UNAUTHORIZED)
         target = urlsplit(self.path)
         try:
@@ -150,13 +171,53 @@ class _Handler(BaseHTTPRequestHandler):
         self._begin(status, 0, {"Cache-Control": "no-store"})
 
 
+class _WritingHandler(_Handler):
+    def do_PUT(self) -> None:  # noqa: N802, http.server calls it
+        length = self.headers.get("Content-Length", "")
+        if not self._is_known() or not re.fullmatch("[0-9]{1,18}", length):
+            self.close_connection = True  # what comes is no question
+            known = HTTPStatus.LENGTH_REQUIRED if self._is_known() else HTTPStatus.UNAUTHORIZED
+            return self._refuse(known)
+        data = self.rfile.read(int(length))
+        if len(data) < int(length):  # the sender is gone
+            self.close_connection = True
+            return None
+        self._change(lambda name: self._put(name, data))
+        return None
+
+    def do_DELETE(self) -> None:  # noqa: N802, http.server calls it
+        if not self._is_known():
+            return self._refuse(HTTPStatus.UNAUTHORIZED)
+        self._change(self.server.store.delete)
+        return None
+
+    def _put(self, name: str, data: bytes) -> bool:
+        if self.headers.get("If-None-Match") == "*":
+            return self.server.create(name, data, self.headers.get(PUT_TOKEN, ""))
+        return self.server.store.put(name, data, overwrite=True)
+
+    def _change(self, change: Callable[[str], bool | None]) -> None:
+        try:
+            name = checked_name(unquote(urlsplit(self.path).path[1:], errors="strict"), "the log")
+            if not _is_shown(name):
+                raise ValueError(f"{name} is hidden")
+            is_taken = change(name) is False
+        except ValueError:
+            return self._refuse(HTTPStatus.NOT_FOUND)
+        except OSError:  # the store's own trouble, which may pass
+            return self._refuse(HTTPStatus.SERVICE_UNAVAILABLE)
+        return self._refuse(HTTPStatus.PRECONDITION_FAILED if is_taken else HTTPStatus.OK)
+
+
 def _is_shown(name: str) -> bool:
     return not any(part.startswith(".") for part in name.split("/"))
 
 
-def serve(store: Store, host: str = "127.0.0.1", port: int = 0) -> LogServer:
+def serve(
+    store: Store, host: str = "127.0.0.1", port: int = 0, writable: bool = False
+) -> LogServer:
     """Serves `store` on host:port (0: a free one), to those who know $GOSSAMER_LOG_TOKEN if set.
 
     Raises OSError when the port is taken.
     """
-    return LogServer(store, host, port, os.environ.get(TOKEN_VARIABLE))
+    return LogServer(store, host, port, os.environ.get(TOKEN_VARIABLE), writable)

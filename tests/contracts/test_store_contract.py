@@ -4,7 +4,6 @@ import threading
 
 import pytest
 from gossamer.comm.store import STORES, open_store
-from gossamer.comm.store.http import HttpStore
 from gossamer.comm.store.serve import serve
 from s3_server import S3Server, s3_environment
 
@@ -16,14 +15,6 @@ SCHEMES = [
 ]
 
 
-class ServedStore(HttpStore):
-    """Reads by HTTP what it writes to the store behind the server."""
-
-    def __init__(self, url, behind):
-        super().__init__(url)
-        self.put, self.delete = behind.put, behind.delete
-
-
 def s3_store(tmp_path, s3_server):
     bucket = tmp_path.name.replace("_", "-")
     s3_server.put(bucket)
@@ -33,8 +24,8 @@ def s3_store(tmp_path, s3_server):
 
 def served_store(tmp_path):
     behind = open_store(tmp_path / "log", create=True)
-    server = serve(behind)
-    yield ServedStore(server.url, behind)
+    server = serve(behind, writable=True)
+    yield open_store(server.url)
     server.close()
 
 
