@@ -8,9 +8,11 @@ put first; the file that lists them makes them one.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from threading import Thread
 from typing import TYPE_CHECKING
 
 from gossamer.comm.codec.part import Rows
@@ -20,12 +22,15 @@ from gossamer.comm.outer.exchange import Identity
 from gossamer.comm.outer.mean import first_of, meet
 from gossamer.comm.outer.message import Message, Sent, pack_message, send_dense, unpack_message
 from gossamer.comm.outer.record import ANCHOR, Shapes, anchor_name, groups, left_name, read_parts
+from gossamer.comm.outer.retention import sweep
 from gossamer.comm.run import WireError
 from gossamer.comm.store import Store
 from gossamer.comm.wire import frame_digest
 
 if TYPE_CHECKING:
     from gossamer.comm.signing import Verifier
+
+LOG = logging.getLogger(__name__)
 
 NO_HASH = "0" * 16
 PART_TIMEOUT_S = 600.0
@@ -63,6 +68,11 @@ class Anchors:
         """
         names = self._parts(f"anchors/{number:08d}/", "anchor")
         self._put(anchor_name(number), names, self._message(number, rows, part_hash))
+
+    def sweep(self, keep_anchors: int) -> None:
+        """Deletes old rounds beside what comes next; what it cannot is the next pass's (rank 0)."""
+        if self._me.rank == 0 and keep_anchors:
+            Thread(target=_sweep, args=(self._store, keep_anchors), daemon=True).start()
 
     def read(self, number: int) -> dict[str, list[Sent]]:
         """What the anchor before round `number` holds, by tensor. Raises LogError."""
@@ -144,6 +154,13 @@ class Anchors:
             for sent in message.sent:
                 pieces.setdefault(sent.run.name, []).append(sent)
         return pieces
+
+
+def _sweep(store: Store, keep_anchors: int) -> None:
+    try:
+        sweep(store, keep_anchors)
+    except OSError:
+        LOG.warning("old rounds were not deleted", exc_info=True)
 
 
 def fill(rows: Rows, pieces: list[Sent]) -> None:

@@ -109,6 +109,9 @@ class OuterConfig:
     dgc: DgcConfig = field(default_factory=DgcConfig)
     exchange: str = "log"
     """A name in EXCHANGES: `log` (a store, replicas may come and go) or `collective`."""
+    url: str | None = None
+    """Where rounds are kept: a folder, s3://, gs://, az:// or http://; None is RUN_DIR/rounds. With
+    `collective` where replicas meet: tcp://HOST:PORT of the first, or a folder that all share."""
     replica: str = "replica-0"
     """This replica's name: letters, digits, `_` and `-`. One that returns keeps its name."""
     expected_replicas: int = 1
@@ -128,6 +131,8 @@ class OuterConfig:
     dropped, or (hand_over) left in the store by one that leaves, for another to take on."""
     anchor_every_rounds: int = 10
     """Rounds between two anchors: whole weights and momentum, for those who come or return."""
+    keep_anchors: int = 2
+    """Messages and anchors behind so many newest anchors go after ten minutes; 0 keeps all."""
     poll_s: float = 0.2
     """Time between two looks at the store while waiting."""
 
@@ -146,7 +151,7 @@ class OuterConfig:
             _expect(value >= 1, f"{name} must be at least 1", value)
         for name in ("deadline_s", "poll_s"):
             _expect(getattr(self, name) > 0, f"{name} must be above 0", getattr(self, name))
-        for name in ("grace_s", "clip_to_median"):
+        for name in ("grace_s", "clip_to_median", "keep_anchors"):
             _expect(getattr(self, name) >= 0, f"{name} must be 0 or more", getattr(self, name))
         well_named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.replica) is not None
         _expect(well_named, "replica must be letters, digits, _ and -", self.replica)

@@ -207,6 +207,7 @@ class Replica:
             for key, values in self.rule.shared.items()
         ]
         anchors.put(self.number, [*self.rows.values(), *shared], self.part_hash())
+        anchors.sweep(self._config.keep_anchors)
 
 
 def key_of(rows: Rows) -> Key:
