@@ -25,6 +25,7 @@ from gossamer.parallel.dims import ParallelDims
 from gossamer.parallel.engine import LogicalSegments, Owned, ReadRows
 from gossamer.parallel.exact_norm import SquareSums
 from gossamer.parallel.flat_layout import FlatLayout, Segment
+from gossamer.parallel.flat_rows import exchange_gradients, write_owned
 from gossamer.parallel.flat_state import StateGroup, gather_run
 from gossamer.parallel.gather import gather_texts
 from gossamer.parallel.placement.apply import Copy, copies, exchange
@@ -59,6 +60,7 @@ class DeepSpeedEngine:
         decays: Callable[[str, Tensor], bool],
     ) -> None:
         self.num_updates = 0
+        self.on_gradient: Callable[[list[Owned]], None] | None = None
         self._dims, self._stage = dims, config.zero_stage
         _mark_expert_parallel(expert_blocks, dims)
         optimizer = build_optimizer(_parameter_groups(module, decays))
@@ -84,6 +86,8 @@ class DeepSpeedEngine:
             self._engine.step()
 
     def step(self, lr: float, max_norm: float) -> float:
+        if self.on_gradient is not None:
+            exchange_gradients(self._states, self.on_gradient)
         norm = self._gradient_norm()
         if not math.isfinite(norm):
             self._drop_gradients()
@@ -156,7 +160,12 @@ class DeepSpeedEngine:
                     run.segment.name, run.segment.shape, run.row_start, run.row_stop, master, shaped
                 )
 
-    def write(self, read: ReadRows, num_updates: int) -> None:
+    def write(self, read: ReadRows, num_updates: int | None) -> None:
+        if num_updates is None:
+            write_owned(self._states, read)
+            if self._stage:
+                self._engine.optimizer.update_lp_params()
+            return
         for state in self._states:
             self._optimizer.state.pop(state.parameter, None)
             if num_updates:

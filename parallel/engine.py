@@ -47,6 +47,9 @@ class Engine(Protocol):
     """Call this, not the bare model: the engine may have to see every forward pass."""
     num_updates: int
     """Optimizer steps taken; Adam's bias correction depends on it, so a checkpoint holds it."""
+    on_gradient: Callable[[list[Owned]], None] | None
+    """Called by `step` with the summed gradient of the rows this rank owns (as `master`, float32 on
+    the CPU), before its norm is taken; what it leaves there is the gradient. ZeRO-0 alone."""
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Adds the gradients of `loss` (this rank's share of a global SUM); reduces if last."""
@@ -64,8 +67,12 @@ class Engine(Protocol):
         """Every row this rank owns; over all ranks each row exactly once. A collective call."""
         ...
 
-    def write(self, read: ReadRows, num_updates: int) -> None:
-        """Overwrites masters, moments and weights with what `read` returns. A collective call."""
+    def write(self, read: ReadRows, num_updates: int | None) -> None:
+        """Overwrites masters, moments and weights with what `read` returns. A collective call.
+
+        Each rank reads what it holds. With num_updates None masters and weights alone: each rank
+        reads what it owns, as `owned` says, and hands it to the others that hold it.
+        """
         ...
 
     def move(self, before: Sequence[LogicalSegments], after: Sequence[LogicalSegments]) -> int:

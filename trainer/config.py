@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from gossamer.comm.config import LogConfig
+from gossamer.comm.outer.config import OuterConfig
 from gossamer.parallel.config import ParallelConfig
 from gossamer.trainer.data.config import DataConfig, TaskConfig, TokenizerConfig
 from gossamer.trainer.import_path import check_name
@@ -125,6 +126,8 @@ class TrainConfig:
     """How the replica's ranks share the work."""
     log: LogConfig = field(default_factory=LogConfig)
     """The weight log that grpo phases publish to."""
+    outer: OuterConfig | None = None
+    """The rounds that replicas of the run meet in; None = this one is alone (docs/replicas.md)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the state is written."""
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)
@@ -155,10 +158,33 @@ class TrainConfig:
             "an sft phase needs conversations; expected data.sources with a messages_field, or"
             " data.task_share 1",
         )
+        if self.outer is not None:
+            self._check_outer(self.outer)
         for name in ("num_experts", "num_local_experts", "n_routed_experts"):
             experts = self.model.hf.get(name)
             _require(
                 not isinstance(experts, int) or experts % self.parallel.expert == 0,
                 f"parallel.expert={self.parallel.expert} does not divide"
                 f" {name}={experts} of model.hf",
+            )
+
+    def _check_outer(self, outer: OuterConfig) -> None:
+        """All replicas end a phase at the same step, and rows stay where they are."""
+        for phase in self.phases:
+            _require(
+                phase.until_exact_match is None,
+                f"phases[{phase.name}].until_exact_match is {phase.until_exact_match} with outer;"
+                " expected null: replicas would end the phase at different steps",
+            )
+        moves = self.parallel.placement.every_steps
+        _require(moves == 0, f"parallel.placement.every_steps is {moves} with outer; expected 0")
+        if outer.rule != "dgc":
+            return
+        for name, found, expected in (
+            ("parallel.zero_stage", self.parallel.zero_stage, 0),
+            ("optim.beta1", self.optim.beta1, 0.0),
+            ("optim.non_finite", self.optim.non_finite, "raise"),
+        ):
+            _require(
+                found == expected, f"{name} is {found} with outer.rule dgc; expected {expected}"
             )

@@ -18,7 +18,16 @@ from gossamer.comm.outer.record import CLAIM, LEFT, groups
 from gossamer.comm.store import Store
 
 # what replicas need not agree on
-LOCAL = ("replica", "exchange", "absence", "expected_replicas", "grace_s", "deadline_s", "poll_s")
+LOCAL = (
+    "replica",
+    "url",
+    "exchange",
+    "absence",
+    "expected_replicas",
+    "grace_s",
+    "deadline_s",
+    "poll_s",
+)
 
 
 def join(store: Store, config: OuterConfig, run_id: str, takeover: bool = False) -> Identity:

@@ -18,13 +18,20 @@ from gossamer.comm.run import WireError
 
 
 class CollectiveExchange:
-    """`group` (gloo) holds the same rank of every replica, which exchange their rows alone."""
+    """`group` (gloo) holds the same rank of every replica, which exchange their rows alone.
 
-    def __init__(self, group: dist.ProcessGroup, identity: Identity, shapes: Shapes) -> None:
+    `number`: the first round, where they all go on from checkpoints.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, identity: Identity, shapes: Shapes, number: int = 0
+    ) -> None:
         self.identity = identity
+        self.sent = self.read = 0
+        """Bytes."""
         self._group = group
         self._shapes = shapes
-        self._number = 0
+        self._number = number
         self._books: dict[str, int] = {}
         self._frame = b""
 
@@ -55,14 +62,17 @@ class CollectiveExchange:
 
     def _gather(self, frame: bytes) -> list[bytes]:
         """Every member's frame; two collectives, the first for their lengths."""
-        num_members = dist.get_world_size(self._group)
+        num_members = self._group.size()
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(num_members)]
-        dist.all_gather(lengths, torch.tensor([len(frame)]), group=self._group)
+        self._group.allgather([lengths], [torch.tensor([len(frame)])]).wait()
         longest = int(max(lengths))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(frame)] = torch.from_numpy(np.frombuffer(frame, np.uint8).copy())
         found = [torch.empty(longest, dtype=torch.uint8) for _ in range(num_members)]
-        dist.all_gather(found, padded, group=self._group)
+        self._group.allgather([found], [padded]).wait()
+        # every member passes on all frames but its own
+        self.sent += longest * (num_members - 1)
+        self.read += longest * (num_members - 1)
         return [each[: int(n)].numpy().tobytes() for each, n in zip(found, lengths, strict=True)]
 
     def _read(self, member: int, frame: bytes, number: int) -> Offer:

@@ -38,9 +38,9 @@ class Replica:
     """The rows of one rank in float32 on the CPU, its rule, and the rounds behind them.
 
     `rows` are copied. With `number` they are a checkpoint's, from before that round (put its
-    buffers into `rule.own` and `rule.shared`). Without, they are a new replica's: the anchor before
-    round `anchor` of `anchors` takes their place (None: the newest; ranks of one replica must
-    agree), or, where there is none, they make the first.
+    buffers into `rule.own`, `rule.shared` and `pending`). Without, they are a new replica's: the
+    anchor before round `anchor` of `anchors` takes their place (None: the newest; ranks of one
+    replica must agree), or, where there is none, they make the first.
     """
 
     def __init__(
@@ -61,7 +61,8 @@ class Replica:
         self._anchors = anchors
         # exported buffers (a routing bias) are averaged whole, whatever the rule
         self._whole = Averaging(replace(config, averaging=AveragingConfig()))
-        self._pending: dict[int, list[Sent]] = {}
+        self.pending: dict[int, list[Sent]] = {}
+        """By round: what was sent and may count yet, so that it is not in the buffers."""
         if number is None and anchors is not None and not self.rule.on_gradients:
             self._start(anchors, anchor)
 
@@ -88,7 +89,7 @@ class Replica:
         # a gradient that is 0 may still have velocity that waits
         skipped = () if self.rule.on_gradients else idle
         sent = [self._send(rows) for rows in trained if rows.name not in skipped]
-        self._pending[number] = [each for each in sent if each is not None]
+        self.pending[number] = [each for each in sent if each is not None]
         self._exchange.send(
             Message(
                 **asdict(self._exchange.identity),
@@ -97,7 +98,7 @@ class Replica:
                 inner_steps=inner_steps,
                 tokens_before=tokens_before,
                 tokens=tokens,
-                sent=self._pending[number],
+                sent=self.pending[number],
             )
         )
         settled = self._exchange.settle(number)
@@ -173,12 +174,12 @@ class Replica:
     def _take_back(self, settled: Settled) -> None:
         """Own messages that counted are done with; those that no round will count come back."""
         me = self._exchange.identity.replica
-        for number in list(self._pending):
+        for number in list(self.pending):
             may_count_yet = number == settled.round and self._config.late == "next"
             if (me, number) in settled.counted:
-                del self._pending[number]
+                del self.pending[number]
             elif not may_count_yet:
-                for sent in self._pending.pop(number):
+                for sent in self.pending.pop(number):
                     self._rule_of(sent.run.name).take_back(sent)
 
     def _inherit(self, pieces: dict[str, list[Sent]]) -> None:

@@ -117,9 +117,9 @@ def test_a_late_message_counts_in_the_next_round(tmp_path):
     a, b = (open_replica(tmp_path, config_of(n, grace_s=0.0)) for n in "ab")
     round_of([a], 0)
     late = run_round(b, 0)  # its round is settled already
-    assert late.counted == {("a", 0)} and 0 in b._pending
+    assert late.counted == {("a", 0)} and 0 in b.pending
     (settled, _) = round_of([a, b], 1)
-    assert ("b", 0) in settled.counted and not b._pending.get(0)
+    assert ("b", 0) in settled.counted and not b.pending.get(0)
     b.catch_up()
     a.catch_up()
     assert same_bits([a, b])
@@ -130,7 +130,7 @@ def test_a_late_message_is_dropped_where_that_is_the_policy(tmp_path):
     round_of([a], 0)
     key = "model.norm.weight", 0
     run_round(b, 0)
-    assert not b._pending
+    assert not b.pending
     assert b.rule.own[key].abs().sum() > 0  # it came back to the error buffer, whole
     round_of([a], 1)
     assert a._exchange.record(1).counted[0].replica == "a"
