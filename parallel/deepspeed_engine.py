@@ -28,6 +28,7 @@ from gossamer.parallel.flat_layout import FlatLayout, Segment
 from gossamer.parallel.flat_rows import exchange_gradients, write_owned
 from gossamer.parallel.flat_state import StateGroup, gather_run
 from gossamer.parallel.gather import gather_texts
+from gossamer.parallel.masks import WEIGHT, Masks
 from gossamer.parallel.placement.apply import Copy, copies, exchange
 from torch import Tensor, nn
 
@@ -71,6 +72,7 @@ class DeepSpeedEngine:
         self._states = list(
             self._zero_states(segments) if self._stage else self._replicated_states(segments)
         )
+        self.masks = Masks(optimizer, lambda: self._states, self._refresh_weights)
         segments_held = [s for state in self._states for s in state.layout.segments]
         self._most_elements = max(math.prod(s.shape) for s in segments_held)
         local = [s.name for s in segments_held]
@@ -88,7 +90,11 @@ class DeepSpeedEngine:
     def step(self, lr: float, max_norm: float) -> float:
         if self.on_gradient is not None:
             exchange_gradients(self._states, self.on_gradient)
+        for (state, start), gradient in self._gradients():
+            local = start - (0 if state.is_replicated else state.local_start)
+            self.masks.take_gradient(state, local, gradient.detach().view(-1))
         norm = self._gradient_norm()
+        self.masks.close_step(math.isfinite(norm))
         if not math.isfinite(norm):
             self._drop_gradients()
             raise FloatingPointError(f"the gradient norm is {norm}; expected a finite number")
@@ -150,15 +156,17 @@ class DeepSpeedEngine:
     def owned(self, with_moments: bool) -> Iterator[Owned]:
         for state in self._states:
             for run in state.layout.runs():
-                tensors = gather_run(state, run, self._buffers(state, with_moments))
+                name, shape = run.segment.name, run.segment.shape
+                seen = self.masks.seen(state, name)
+                beside = self.masks.beside(state, name) if with_moments else {}
+                buffers = self._buffers(state, with_moments) | seen | beside
+                tensors = gather_run(state, run, buffers)
                 if tensors is None:
                     continue
-                rows = (run.row_stop - run.row_start, *run.segment.shape[1:])
+                rows = (run.row_stop - run.row_start, *shape[1:])
                 shaped = {key: flat.view(rows) for key, flat in tensors.items()}
-                master = shaped.pop("master")
-                yield Owned(
-                    run.segment.name, run.segment.shape, run.row_start, run.row_stop, master, shaped
-                )
+                master, weight = shaped.pop("master"), shaped.pop(WEIGHT, None)
+                yield Owned(name, shape, run.row_start, run.row_stop, master, shaped, weight)
 
     def write(self, read: ReadRows, num_updates: int | None) -> None:
         if num_updates is None:
@@ -181,7 +189,8 @@ class DeepSpeedEngine:
                         f" {segment.shape} as in the model"
                     )
                 first = segment.start + rows[0] * segment.row_elements
-                for key, target in self._buffers(state, with_moments=num_updates > 0).items():
+                targets = self._buffers(state, with_moments=num_updates > 0)
+                for key, target in (targets | self.masks.beside(state, segment.name)).items():
                     values = source.master if key == "master" else source.moments[key]
                     low = max(first, state.local_start)
                     high = min(first + values.numel(), state.local_stop)
@@ -189,8 +198,8 @@ class DeepSpeedEngine:
                         values.reshape(-1)[low - first : high - first]
                     )
         self.num_updates = num_updates
-        if self._stage:
-            self._engine.optimizer.update_lp_params()
+        self.masks.apply()
+        self._refresh_weights()
 
     def move(self, before: Sequence[LogicalSegments], after: Sequence[LogicalSegments]) -> int:
         work: list[tuple[Copy, list[Tensor]]] = []
@@ -203,19 +212,26 @@ class DeepSpeedEngine:
                 raise ValueError("move: expected `before` to be what this rank holds")
             if was == will_be:
                 continue
-            shards = list(self._buffers(state, with_moments=True).values())
+            held = self._buffers(state, with_moments=True) | self.masks.beside(state)
+            shards = list(held.values())
             size = None if state.is_replicated else state.layout.partition_size
             work += ((copy, shards) for copy in copies(was, will_be, self._dims, size))
             layout = FlatLayout(will_be[mine], state.layout.partition_size)
             states[index] = replace(state, layout=layout)
         num_bytes, self._states = exchange(work), states
-        if self._stage and work:
-            self._engine.optimizer.update_lp_params()
+        if work:
+            self.masks.apply()
+            self._refresh_weights()
         return num_bytes
+
+    def _refresh_weights(self) -> None:
+        """What the optimizer's parameters hold becomes the model's weights on all ranks."""
+        if self._stage:
+            self._engine.optimizer.update_lp_params()
 
     def _buffers(self, state: StateGroup, with_moments: bool) -> dict[str, Tensor]:
         """This rank's flat shard of masters and, if asked for and there, of moments."""
-        buffers = {"master": state.parameter.detach().view(-1)}
+        buffers = {"master": self.masks.master(state)}
         if with_moments:
             moments = self._optimizer.state.get(state.parameter, {})
             buffers |= {k: moments[k].view(-1) for k in ("exp_avg", "exp_avg_sq") if k in moments}

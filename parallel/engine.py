@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from gossamer.parallel.masks import Masks
 
 BAND_ROWS = 64
 """Rows of a logical matrix that always have one owner; a vector has one owner as a whole."""
@@ -28,7 +31,10 @@ class Owned:
     master: Tensor
     """float32 (or float64) master weights, [rows, ...]."""
     moments: dict[str, Tensor]
-    """Optimizer moments by name (exp_avg, exp_avg_sq), [rows, ...]; empty before the first step."""
+    """Optimizer moments by name (exp_avg, exp_avg_sq), [rows, ...]; empty before the first step.
+    Of what has a mask, asked for with moments, also mask (bool) and window (see Masks)."""
+    weight: Tensor | None = None
+    """float32, what the forward pass sees, where that is not the master (see Masks)."""
 
 
 ReadRows = Callable[[str, int, int], Owned]
@@ -47,6 +53,8 @@ class Engine(Protocol):
     """Call this, not the bare model: the engine may have to see every forward pass."""
     num_updates: int
     """Optimizer steps taken; Adam's bias correction depends on it, so a checkpoint holds it."""
+    masks: Masks
+    """Which weights live, held beside the masters; does nothing unless it is told to."""
     on_gradient: Callable[[list[Owned]], None] | None
     """Called by `step` with the summed gradient of the rows this rank owns (as `master`, float32 on
     the CPU), before its norm is taken; what it leaves there is the gradient. ZeRO-0 alone."""
