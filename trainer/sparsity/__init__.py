@@ -1,0 +1,1 @@
+"""Sparse pre-training plans: which weights are zero, when that changes, how gradients pass."""
