@@ -170,9 +170,9 @@ class DeepSpeedEngine:
 
     def write(self, read: ReadRows, num_updates: int | None) -> None:
         if num_updates is None:
-            write_owned(self._states, read)
-            if self._stage:
-                self._engine.optimizer.update_lp_params()
+            write_owned(self._states, read, self.masks.master)
+            self.masks.apply()
+            self._refresh_weights()
             return
         for state in self._states:
             self._optimizer.state.pop(state.parameter, None)

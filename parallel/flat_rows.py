@@ -15,10 +15,12 @@ from gossamer.parallel.flat_state import StateGroup, spread_run
 from torch import Tensor
 
 
-def write_owned(states: Iterable[StateGroup], read: ReadRows) -> None:
-    """Overwrites masters with what their owners `read`. A collective call."""
+def write_owned(
+    states: Iterable[StateGroup], read: ReadRows, master: Callable[[StateGroup], Tensor]
+) -> None:
+    """Overwrites masters, flat shards, with what their owners `read`. A collective call."""
     for state in states:
-        shard = state.parameter.detach().view(-1)
+        shard = master(state)
         for run in state.layout.runs():
             values = None
             if run.owner == state.partition:

@@ -36,7 +36,7 @@ class Flow(Protocol):
 
     @property
     def replaces_adamw(self) -> bool:
-        """True: `adamw` makes the step instead of the optimizer, `gradient` and `settle`."""
+        """True: `adamw` makes the step instead of the optimizer and `gradient`."""
         ...
 
     def forward(self, weight: Tensor, mask: Tensor) -> Tensor:
@@ -45,10 +45,6 @@ class Flow(Protocol):
 
     def gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """The gradient, already clipped, as the optimizer is to see it."""
-        ...
-
-    def settle(self, weight: Tensor, mask: Tensor, lr: float) -> None:
-        """What is left to be done to the weights after the optimizer's step, in place."""
         ...
 
     def adamw(
@@ -297,8 +293,8 @@ class Masks:
         if held.dense is None:
             return
         for span in held.spans:
-            mask = held.mask[span.at]
             if span.before:
+                mask = held.mask[span.at]
                 constants = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
                 step = int(self._optimizer.state[parameter]["step"])
                 span.flow.adamw(**span.before, mask=mask, **constants, step=step)
@@ -306,8 +302,6 @@ class Masks:
                 for kind, moment in self._moments(parameter).items():
                     moment[span.at] = span.before[kind]
                 span.before = {}
-            elif span.flow.keeps_dense:
-                span.flow.settle(weight[span.at], mask, group["lr"])
         held.dense.copy_(weight)
         for span in held.spans:
             if span.then.keeps_dense:
