@@ -134,6 +134,11 @@ class Checkpoint:
         key = f"{RNG}|{rank}"
         return self._rows(key, (), 0, self._places[key][-1][1]) if key in self._places else None
 
+    def kinds(self) -> list[tuple[str, str]]:
+        """(kind, tensor) of all rows: masters, moments, and what else a run keeps beside them."""
+        found = (key.partition("|") for key in self._places)
+        return [(kind, tensor) for kind, _, tensor in found if kind != RNG]
+
     def _moments(self, name: str) -> list[str]:
         return [kind for kind in MOMENTS if f"{kind}|{name}" in self._places]
 

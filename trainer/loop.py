@@ -19,6 +19,7 @@ def train(session: Session) -> None:
         if session.progress.phase_step == 0:
             session.begin_phase(phase)
         result = session.update(phase)
+        session.sync_replicas(phase)
         session.publish(phase)
         session.record(phase, result)
         session.evaluate(phase)

@@ -10,11 +10,11 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,6 +38,7 @@ from gossamer.trainer.moe.diversify import diversified
 
 if TYPE_CHECKING:
     from gossamer.trainer.model import MoEModel
+    from torch import Tensor
 
 WAIT_S = 0.02
 
@@ -117,6 +118,19 @@ def open_whole(newest: str | Path) -> tuple[Checkpoint, dict[str, str]]:
     raise ValueError(f"no checkpoint in {root} is whole: {'; '.join(torn.values()) or newest}")
 
 
+class SavedPart(Protocol):
+    """What else of a run goes into its checkpoints."""
+
+    def state(self) -> dict[str, Any]:
+        """JSON, under the part's name in the manifest; rank 0's is kept."""
+        ...
+
+    def kinds(self) -> dict[tuple[str, int], dict[str, Tensor]]:
+        """By (tensor, first row) of the rows that this rank owns: more tensors of their shape, by
+        kind. All rows of a tensor have the same kinds."""
+        ...
+
+
 class Saver:
     """Saves and restores one rank of a run; every rank has one and makes the same calls."""
 
@@ -135,6 +149,7 @@ class Saver:
         self._config, self._root, self._epoch = config, root, epoch
         self._engine, self._model, self._log = engine, model, log
         self._on_saved, self._torn = on_saved, torn
+        self.parts: dict[str, SavedPart] = {}
         self._write: BackgroundWrite | None = None
         self._event: dict[str, Any] = {}
         self._saved: tuple[Progress, str] | None = None
@@ -164,9 +179,9 @@ class Saver:
             "num_updates": self._engine.num_updates,
             "data": data,
             "log": {"version": version},
+            **{name: part.state() for name, part in self.parts.items()},
         }
-        owned = chain(self._engine.owned(with_moments=True), owned_buffers(self._model))
-        snapshot = take_snapshot(owned, target.rank)
+        snapshot = take_snapshot(self._owned(), target.rank)
         self._event = {
             "step": progress.step,
             "version": version,
@@ -183,6 +198,15 @@ class Saver:
         self._write.start()
         if not self._config.asynchronous:
             self.wait()
+
+    def _owned(self) -> Iterator[Owned]:
+        """All rows of this rank, with what the parts hold of them."""
+        beside = [part.kinds() for part in self.parts.values()]
+        for rows in chain(self._engine.owned(with_moments=True), owned_buffers(self._model)):
+            held = rows.moments
+            for kinds in beside:
+                held = held | kinds.get((rows.name, rows.row_start), {})
+            yield replace(rows, moments=held)
 
     def poll(self) -> None:
         """Looks whether the write in flight is done on every rank. A collective call.

@@ -24,6 +24,7 @@ from gossamer.trainer.metrics import EventLog, WandbMirror
 from gossamer.trainer.model import build_model, hf_config
 from gossamer.trainer.moe.trace import RoutingTrace
 from gossamer.trainer.optim import lr_at
+from gossamer.trainer.outer import OuterSync
 from gossamer.trainer.placement import PlacedExperts
 from gossamer.trainer.prepare import load_problems, load_run_tokenizer
 from gossamer.trainer.publishing import Publishing
@@ -77,6 +78,9 @@ class Session:
             self._event("placement", reason="file", is_moved=True, **moved)
         if checkpoint:
             self.progress = self._saver.restore(checkpoint)
+        self._outer = self._build_outer()
+        if self._outer is not None:
+            self._outer.begin(self.progress, checkpoint)
 
     def _build_saver(self) -> Saver:
         return Saver(
@@ -89,6 +93,14 @@ class Session:
             self._on_saved,
             tuple(self._torn),
         )
+
+    def _build_outer(self) -> OuterSync | None:
+        if self.config.outer is None:
+            return None
+        place, dims, feed = self.place, self.dims, self._feed
+        outer = OuterSync(self.config, place, dims, self.engine, self.model, feed, self._event)
+        self._saver.parts["outer"] = outer
+        return outer
 
     # --- the loop's steps -----------------------------------------------------------------------
 
@@ -148,6 +160,8 @@ class Session:
         start_s = time.perf_counter()
         batch, self._rollout_statistics = self._feed.draw(phase, self.progress.phase_step)
         self._wait_s = time.perf_counter() - start_s
+        if self._outer is not None:
+            self._outer.drew(batch)
         self._lr, step = lr_at(phase, self.progress.lr_step), self.progress.step + 1
         self._profiler.begin_step(step)
         result = update(
@@ -161,8 +175,16 @@ class Session:
                 f"the gradient was not finite in {most + 1} updates in a row, up to step {step};"
                 f" expected at most optim.max_skips={most}"
             )
+        if self._outer is not None:
+            self._outer.updated(result)
         self._reconsider_placement(phase, result)
         return result
+
+    def sync_replicas(self, phase: PhaseConfig) -> None:
+        """The round with the other replicas, where there are any and one is due."""
+        if self._outer is not None:
+            # its time is no part of the step's
+            self._clock_s += self._outer.sync(self.progress, phase)
 
     def _reconsider_placement(self, phase: PhaseConfig, result: UpdateResult) -> None:
         """Live placement; after a move the log needs an anchor, for rows have other owners."""
@@ -249,6 +271,8 @@ class Session:
         """Has every engine, if there are any, prove that it holds the trainer's own last bits."""
         if any(phase.kind == "grpo" for phase in self.config.phases):
             self._publishing.audit(self.progress.step, self._feed.rollouts)
+        if self._outer is not None:
+            self._outer.leave()
         self._profiler.close()
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
