@@ -339,6 +339,17 @@ class RuleConfig:
             "pattern.kind is n_m; expected schedule.kind static and distribution.kind uniform,"
             " for the pattern says how many are kept",
         )
+        floor, ceiling = self.distribution.floor, self.distribution.ceiling
+        _require(
+            is_nm or floor <= self.schedule.density <= ceiling,
+            f"schedule.density is {self.schedule.density}; expected distribution.floor={floor} to"
+            f" distribution.ceiling={ceiling}",
+        )
+        _require(
+            ceiling == 1.0 or self.initial.distribution is None,
+            f"distribution.ceiling is {ceiling} with an initial.distribution; expected 1, for the"
+            " first mask may lie above it",
+        )
         _require(
             self.regrow.criterion == "none"
             or (is_masked and not is_nm and self.pattern.kind != "n_m_floor"),

@@ -23,8 +23,8 @@ LAYER = re.compile(r"^(.*\blayers\.\d+)\.")
 def densities(config: DistributionConfig, shapes: Shapes, density: float) -> dict[str, float]:
     """Density of each matrix, so that together they keep `density` of all elements.
 
-    uniform and erk alone. Raises ValueError for what is no matrix, or a density that floor and
-    ceiling leave no room for.
+    uniform and erk alone; floor and ceiling hold as far as `density` lets them. Raises ValueError
+    for what is no matrix.
     """
     power = config.power if config.kind == "erk" else 0.0
     weights, sizes = [], []
@@ -36,14 +36,8 @@ def densities(config: DistributionConfig, shapes: Shapes, density: float) -> dic
         rows, columns = shape
         sizes.append(rows * columns)
         weights.append(((rows + columns) / (rows * columns)) ** power)
-    budget = density * sum(sizes)
-    low, high = config.floor, config.ceiling
-    if not low * sum(sizes) <= budget * (1 + 1e-9) or not budget <= high * sum(sizes) * (1 + 1e-9):
-        raise ValueError(
-            f"the density {density} is out of reach; expected distribution.floor={low} to"
-            f" distribution.ceiling={high}"
-        )
-    factor = _factor(weights, sizes, budget, low, high)
+    low, high = min(config.floor, density), max(config.ceiling, density)
+    factor = _factor(weights, sizes, density * sum(sizes), low, high)
     return dict(zip(shapes, (min(max(factor * w, low), high) for w in weights), strict=True))
 
 

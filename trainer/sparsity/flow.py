@@ -40,7 +40,7 @@ class Flow:
     @property
     def replaces_adamw(self) -> bool:
         """The optimizer's step is `adamw`, not AdamW's."""
-        return self.place in ("ast", "adams") and self.decay > 0.0
+        return self.place != "gradient" and self.decay > 0.0
 
     def forward(self, weight: Tensor, mask: Tensor) -> Tensor:
         """What the forward pass multiplies with."""
@@ -57,13 +57,6 @@ class Flow:
             return gradient.where(mask, gradient + self.decay * weight)
         return gradient
 
-    def settle(self, weight: Tensor, mask: Tensor, lr: float) -> None:
-        """After the optimizer's step, in place; float32 masters, in which a small pull counts."""
-        if not self.keeps_dense:
-            weight.masked_fill_(~mask, 0.0)
-        elif self.decay and self.place == "decoupled":
-            weight.copy_(weight.where(mask, weight - lr * self.decay * weight))
-
     def adamw(
         self,
         weight: Tensor,
@@ -77,21 +70,25 @@ class Flow:
         weight_decay: float,
         step: int,
     ) -> None:
-        """Step number `step`, from 1, in place, with the pull of ast or adams in it.
+        """Step number `step`, from 1, in place: torch's AdamW with the pull in it.
 
-        The first moment that is kept is of the loss alone; the second is of what was applied.
+        The first moment that is kept is of the loss alone; the second, of what was applied.
         """
         beta1, beta2 = betas
+        pull = (self.decay * weight).masked_fill(mask, 0.0)
         weight.mul_(1.0 - lr * weight_decay)
-        exp_avg.mul_(beta1).add_(gradient, alpha=1.0 - beta1)
+        exp_avg.lerp_(gradient, 1.0 - beta1)
+        applied = exp_avg
         if self.place == "ast":
-            pulled = exp_avg + self.decay * weight
-        else:
-            pulled = (1.0 - self.mix) * exp_avg + self.mix * self.decay * weight.sign()
-        applied = exp_avg.where(mask, pulled)
+            applied = exp_avg + pull
+        elif self.place == "adams":
+            pulled = (1.0 - self.mix) * exp_avg + self.mix * self.decay * pull.sign()
+            applied = exp_avg.where(mask, pulled)
         exp_avg_sq.mul_(beta2).addcmul_(applied, applied, value=1.0 - beta2)
-        root = (exp_avg_sq / (1.0 - beta2**step)).sqrt_().add_(eps)
+        root = (exp_avg_sq.sqrt() / math.sqrt(1.0 - beta2**step)).add_(eps)
         weight.addcdiv_(applied, root, value=-lr / (1.0 - beta1**step))
+        if self.place == "decoupled":
+            weight.sub_(pull, alpha=lr)
 
 
 def flow_at(config: FlowConfig, number: int, total_steps: int, share: float) -> Flow:

@@ -65,7 +65,6 @@ class Rule:
             self._first_score = _criterion(config.initial.criterion, "initial.criterion")
         if config.regrow.criterion != "none":
             self._grow_score = _criterion(config.regrow.criterion, "regrow.criterion")
-        self.target(Point(0))  # refuses densities out of reach
 
     # --- what is due ----------------------------------------------------------------------------
 
@@ -208,16 +207,19 @@ class Rule:
     ) -> list[Keys]:
         """Keys by which no pool takes less than floor of a matrix, or more than ceiling."""
         distribution, own = self._distribution(point), {name: name for name in self.shapes}
-        if distribution.floor > 0.0:
+        density = self._density(self._position(point))
+        floor, ceiling = distribution.floor, distribution.ceiling
+        if floor > 0.0:
             least = {
-                n: min(kept[n], math.ceil(distribution.floor * s)) for n, s in self._sizes.items()
+                n: min(kept[n], math.ceil(floor * size), math.floor(density * size))
+                for n, size in self._sizes.items()
             }
             first = self._select(bands, keys, own, least, reduce)
             keys = [partial(_protected, k, f) for k, f in zip(keys, first, strict=True)]
-        if distribution.ceiling < 1.0:
+        if ceiling < 1.0:
             most = {
-                n: min(kept[n], math.floor(distribution.ceiling * s))
-                for n, s in self._sizes.items()
+                n: min(kept[n], max(math.floor(ceiling * size), math.ceil(density * size)))
+                for n, size in self._sizes.items()
             }
             allowed = self._select(bands, keys, own, most, reduce)
             keys = [partial(_only, k, a) for k, a in zip(keys, allowed, strict=True)]

@@ -35,14 +35,14 @@ def position(schedule: ScheduleConfig, point: Point, horizon: Horizon) -> float:
 
 def window(schedule: ScheduleConfig, horizon: Horizon) -> Window:
     """Start and stop in steps; multiples of every_steps, where steps are what is counted."""
-    start, stop = schedule.start, schedule.stop
+    start, stop, every = schedule.start, schedule.stop, schedule.every_steps
     if schedule.unit == "compute":
-        first, last, within = schedule.initial_density, schedule.density, window_density(schedule)
         mean = compute_density(schedule)
-        start, stop = start / first * mean, (start / first + (stop - start) / within) * mean
-        stop = 1.0 if math.isclose(schedule.stop, 1.0) else stop
-        assert last > 0.0
-    every, total = schedule.every_steps, horizon.total_steps
+        start, stop = (
+            mean * start / schedule.initial_density,
+            1.0 - mean * (1.0 - stop) / schedule.density,
+        )
+    total = horizon.total_steps
     if schedule.unit == "tokens":
         return Window(start * total, stop * total)
     return Window(every * round(start * total / every), every * round(stop * total / every))
