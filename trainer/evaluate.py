@@ -30,7 +30,7 @@ def heldout_loss(
     loss_sum = torch.zeros((), dtype=torch.float64)
     for index in range(num_micro):
         part = mine.split(index, num_micro)
-        loss_sum += next_token_loss_sum(_logits(model, part), part).double()
+        loss_sum += next_token_loss_sum(logits_of(model, part), part).double()
     dist.all_reduce(loss_sum)
     learned = int((batch.weights_BS != 0).sum())
     return float(loss_sum / batch.weights_BS.double().sum()), learned
@@ -46,7 +46,7 @@ def greedy_exact_match(model: MoEModel, dims: ParallelDims, source: Source, seq_
     rows = first_fit(lengths, seq_len)
     batch, learned = pack(source.documents, rows, seq_len)
     mine = batch.split(dims.rank, dims.world_size)
-    is_first_BS = _logits(model, mine).argmax(dim=-1) == mine.token_ids_BS.roll(-1, dims=1)
+    is_first_BS = logits_of(model, mine).argmax(dim=-1) == mine.token_ids_BS.roll(-1, dims=1)
     first_row = dims.rank * len(mine.token_ids_BS)
     right = torch.tensor(
         sum(
@@ -59,7 +59,8 @@ def greedy_exact_match(model: MoEModel, dims: ParallelDims, source: Source, seq_
     return int(right) / len(source.documents)
 
 
-def _logits(model: MoEModel, rows: TokenBatch) -> Tensor:
+def logits_of(model: MoEModel, rows: TokenBatch) -> Tensor:
+    """Logits [B, S, V] of `rows`, this rank's, whose losses and loads count nowhere. Collective."""
     model.context.is_real_T = rows.is_real_BS.flatten()
     model.context.token_T = model.context.sequence_T = None
     for block in model.blocks:

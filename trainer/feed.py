@@ -7,7 +7,7 @@ tensors, so all ranks run the same plan without holding any of its state.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from gossamer.trainer.task import TaskProblems
 from gossamer.trainer.tokenizer import Tokenizer
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-DTYPES = (torch.int64, torch.int64, torch.float32, torch.float32, torch.float32)
+DTYPES = (torch.int64, torch.int64, *[torch.float32] * 5)
 """Of the fields of TokenBatch and PolicyBatch, in order."""
 
 
@@ -94,7 +94,7 @@ def _broadcast(batch: TokenBatch | None, batch_class: type[TokenBatch]) -> Token
     """Rank 0's batch on every rank."""
     shape = torch.tensor(batch.token_ids_BS.shape if batch else (0, 0))
     dist.broadcast(shape, src=0)
-    num_fields = 5 if batch_class is PolicyBatch else 3
+    num_fields = len(fields(batch_class))
     tensors = (
         batch.to_tensors()
         if batch

@@ -69,6 +69,8 @@ class Progress:
     """Those of the current phase, by which its learning rate is behind."""
     skips_in_row: int = 0
     """The last updates, as far as they were all skipped."""
+    reference_version: int | None = None
+    """Version of the weight log that the current grpo phase began with."""
 
     @property
     def lr_step(self) -> int:

@@ -29,6 +29,8 @@ from gossamer.trainer.placement import PlacedExperts
 from gossamer.trainer.prepare import load_problems, load_run_tokenizer
 from gossamer.trainer.publishing import Publishing
 from gossamer.trainer.replacement import LivePlacement
+from gossamer.trainer.rl.grpo import PolicyBatch
+from gossamer.trainer.rl.reference import Reference
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.saving import Progress, RunPlace, Saver, checkpoint_root, open_whole
 from gossamer.trainer.step.determinism import be_deterministic
@@ -66,6 +68,7 @@ class Session:
         self._publishing = Publishing(
             config, place, self.dims, self.engine, self.model, self._event
         )
+        self._reference = Reference(config, hf, self.dims, self._publishing.log)
         data_state = checkpoint.state["data"] if checkpoint else None
         self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
@@ -145,6 +148,7 @@ class Session:
         self._event("phase", phase=phase.name, kind=phase.kind, step=self.progress.step)
         if phase.kind == "grpo":
             self.publish(phase)
+            self.progress.reference_version = self._publishing.version
             self._measure_heldout()
         self._clock_s = time.perf_counter()
 
@@ -160,6 +164,8 @@ class Session:
         start_s = time.perf_counter()
         batch, self._rollout_statistics = self._feed.draw(phase, self.progress.phase_step)
         self._wait_s = time.perf_counter() - start_s
+        if self.config.rl.kl_coef and isinstance(batch, PolicyBatch):
+            batch = self._reference.scored(batch, self.progress.reference_version)
         if self._outer is not None:
             self._outer.drew(batch)
         self._lr, step = lr_at(phase, self.progress.lr_step), self.progress.step + 1

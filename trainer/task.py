@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 from gossamer.trainer.data.config import TaskConfig
 from gossamer.trainer.tokenizer import Tokenizer
@@ -57,8 +58,8 @@ def build_problems(config: TaskConfig) -> TaskProblems:
     with too few held-out or no training questions.
     """
     questions: dict[str, str] = {}
-    for question, answer in _generate(config):
-        questions.setdefault(question, answer)
+    for entry in gym_dataset(config):
+        questions.setdefault(entry["question"], str(entry["answer"]))
     splits = TaskProblems(train=[], dev=[], heldout=[])
     for problem_id, (question, answer) in enumerate(questions.items()):
         problem = Problem(problem_id=problem_id, question=question, answer=answer)
@@ -82,11 +83,12 @@ def split_of(question: str, config: TaskConfig) -> str:
     return "train"
 
 
-def _generate(config: TaskConfig) -> list[tuple[str, str]]:
+def gym_dataset(config: TaskConfig) -> Any:  # noqa: ANN401
+    """reasoning-gym's data set of the task. Raises ValueError for one that it cannot build."""
     import reasoning_gym  # takes a second to import
 
     try:
-        dataset = reasoning_gym.create_dataset(
+        return reasoning_gym.create_dataset(
             config.dataset, seed=config.seed, size=config.size, **config.parameters
         )
     except (ValueError, TypeError, AssertionError) as error:
@@ -94,4 +96,3 @@ def _generate(config: TaskConfig) -> list[tuple[str, str]]:
             f"task: reasoning-gym cannot build {config.dataset!r} with {dict(config.parameters)}: "
             f"{error}"
         ) from error
-    return [(entry["question"], str(entry["answer"])) for entry in dataset]

@@ -22,7 +22,7 @@ from gossamer.trainer.model import MoEModel
 from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.losses import load_metrics
 from gossamer.trainer.moe.trace import RoutingTrace
-from gossamer.trainer.rl.grpo import PolicyBatch, policy_loss
+from gossamer.trainer.rl.grpo import PolicyBatch, loss_divisor, policy_loss
 from gossamer.trainer.step.flops import step_flops
 from torch import Tensor
 
@@ -32,7 +32,7 @@ class UpdateResult:
     """Numbers of one update, equal on every rank."""
 
     loss: float
-    """Mean over weighted tokens: nats for next_token, the surrogate for grpo."""
+    """Mean over weighted tokens: nats for next_token, the surrogate (and its KL) for grpo."""
     balance_loss: float
     """Sum over layers, 1 a layer when balanced."""
     z_loss: float
@@ -49,6 +49,8 @@ class UpdateResult:
     """Of the model, forward and backward, over all ranks (trainer/step/flops.py)."""
     mean_ratio: float
     clip_share: float
+    kl: float
+    """To the reference policy, mean over learned tokens; 0 without rl.kl_coef."""
     expert_load: list[list[int]]
     """Tokens per expert (logical order) of each layer."""
     layers: dict[str, list[float]]
@@ -62,7 +64,7 @@ class _Sums:
     """Of the step's micro-batches."""
 
     losses: Tensor
-    """[5]: loss sum, balance loss, z-loss, ratio sum, clipped tokens; float64."""
+    """[6]: loss sum, balance loss, z-loss, ratio sum, clipped tokens, KL sum; float64."""
     load_LE: Tensor
     z_L: Tensor
 
@@ -84,8 +86,8 @@ def update(
     for block in model.blocks:
         block.begin_step(engine.num_updates)
     tokens = int(batch.is_real_BS.sum())
-    weight_sum = float(batch.weights_BS.double().sum())
-    sums = _accumulate(model, engine, dims, batch, tokens, weight_sum, config, trace)
+    divisor, learned_tokens = loss_divisor(batch, config.rl), int((batch.weights_BS != 0).sum())
+    sums = _accumulate(model, engine, dims, batch, tokens, divisor, config, trace)
     traffic_L4 = torch.tensor([_traffic(block) for block in model.blocks])
     for tensor in (sums.losses, sums.load_LE, sums.z_L, traffic_L4):
         dist.all_reduce(tensor)
@@ -98,21 +100,22 @@ def update(
     for block, load_E in zip(model.blocks, sums.load_LE, strict=True):
         if not skipped:
             block.gate.end_step(load_E)
-    loss_sum, balance, z_loss, ratio_sum, clipped = sums.losses.tolist()
+    loss_sum, balance, z_loss, ratio_sum, clipped, kl_sum = sums.losses.tolist()
     layers = _layer_metrics(sums.load_LE, sums.z_L / max(tokens, 1), traffic_L4)
     kept_L = 1.0 - torch.tensor(layers["dropped_share"], dtype=torch.float64)
     pairs = round(float((sums.load_LE.sum(1) * kept_L).sum()))
     return UpdateResult(
-        loss=loss_sum / weight_sum,
+        loss=loss_sum / divisor,
         balance_loss=balance,
         z_loss=z_loss,
         grad_norm=grad_norm,
         skipped=skipped,
         tokens=tokens,
-        learned_tokens=int((batch.weights_BS != 0).sum()),
+        learned_tokens=learned_tokens,
         flops=step_flops(model, tokens, pairs, batch.token_ids_BS.shape[1]),
-        mean_ratio=ratio_sum / weight_sum,
-        clip_share=clipped / weight_sum,
+        mean_ratio=ratio_sum / learned_tokens,
+        clip_share=clipped / learned_tokens,
+        kl=kl_sum / learned_tokens,
         expert_load=sums.load_LE.tolist(),
         layers=layers,
     )
@@ -124,7 +127,7 @@ def _accumulate(
     dims: ParallelDims,
     batch: TokenBatch,
     tokens: int,
-    weight_sum: float,
+    divisor: float,
     config: TrainConfig,
     trace: RoutingTrace | None,
 ) -> _Sums:
@@ -133,7 +136,7 @@ def _accumulate(
     mine = batch.split(dims.rank, dims.world_size)
     num_micro = -(-len(mine.token_ids_BS) // config.micro_rows)
     sums = _Sums(
-        losses=torch.zeros(5, dtype=torch.float64),
+        losses=torch.zeros(6, dtype=torch.float64),
         load_LE=torch.zeros(num_layers, model.blocks[0].num_experts, dtype=torch.int64),
         z_L=torch.zeros(num_layers, dtype=torch.float64),
     )
@@ -144,7 +147,7 @@ def _accumulate(
         first_row = dims.rank * len(mine.token_ids_BS) + index * len(part.token_ids_BS)
         _set_context(model.context, part, first_row, step, config)
         loss_sum, balance, z_loss, measured = _forward(model, engine, part, config)
-        share = loss_sum / weight_sum + config.model.balance_loss_coef * balance
+        share = loss_sum / divisor + config.model.balance_loss_coef * balance
         if z_coef:
             share = share + z_coef * z_loss
         engine.backward(share, is_last=index == num_micro - 1)
@@ -195,8 +198,8 @@ def _set_context(
 
 def _forward(
     model: MoEModel, engine: Engine, part: TokenBatch, config: TrainConfig
-) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """(loss sum, balance loss, z-loss, (ratio sum, clipped tokens)) of one micro-batch."""
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """(loss sum, balance loss, z-loss, (ratio sum, clipped tokens, KL sum)) of one micro-batch."""
     logits_BSV = engine.module(
         input_ids=part.token_ids_BS, position_ids=part.position_ids_BS, use_cache=False
     ).logits
@@ -205,5 +208,6 @@ def _forward(
     z_loss = torch.stack([block.statistics.z_loss for block in model.blocks]).sum()
     if isinstance(part, PolicyBatch):
         policy = policy_loss(logits_BSV, part, config.rl)
-        return policy.loss_sum, balance, z_loss, (policy.ratio_sum, policy.clipped_sum)
-    return next_token_loss_sum(logits_BSV, part), balance, z_loss, (zero, zero)
+        measured = policy.ratio_sum, policy.clipped_sum, policy.kl_sum
+        return policy.loss_sum, balance, z_loss, measured
+    return next_token_loss_sum(logits_BSV, part), balance, z_loss, (zero, zero, zero)

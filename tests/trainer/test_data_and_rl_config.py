@@ -27,6 +27,13 @@ from gossamer.trainer.rl.config import RLConfig
         (RLConfig, {"clip_low": 1.0}, "rl.clip_low is 1.0"),
         (RLConfig, {"clip_high": -0.1}, "rl.clip_high is -0.1"),
         (RLConfig, {"importance_cap": 0.0}, "rl.importance_cap is 0.0"),
+        (RLConfig, {"baseline": "mean"}, "rl.baseline is mean; expected one of"),
+        (RLConfig, {"loss_mean": "token"}, "rl.loss_mean is token; expected one of"),
+        (RLConfig, {"baseline": "leave_one_out"}, "rl.normalise_by_std is true with .*leave_one"),
+        (RLConfig, {"refill_rounds": -1}, "rl.refill_rounds is -1"),
+        (RLConfig, {"refill_rounds": 1, "drop_constant_groups": False}, "rl.refill_rounds is 1"),
+        (RLConfig, {"kl_coef": -0.1}, "rl.kl_coef is -0.1"),
+        (RLConfig, {"reward_workers": 0}, "rl.reward_workers is 0"),
     ],
 )
 def test_what_cannot_be_right_is_refused(config, fields, sentence):

@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 CONFIG = RLConfig(clip_low=0.2, clip_high=0.3)
 
 
+def rows(seq_len):
+    return RLConfig(seq_len=seq_len, max_new_tokens=1)
+
+
 def _sample(name, token_ids, logprobs):
     return Sample(request_id=name, token_ids=token_ids, logprobs=logprobs, spans=(), finished=True)
 
@@ -29,7 +33,7 @@ def test_advantages_by_hand():
 
 def test_pack_by_hand():
     samples = [_sample("a", (7, 8, 2), (-0.1, -0.2, -0.3)), _sample("b", (9,), (-0.5,))]
-    batch = pack_samples(samples, [[1, 5], [1, 6, 4]], [1.0, -2.0], seq_len=6, rows_multiple=4)
+    batch = pack_samples(samples, [[1, 5], [1, 6, 4]], [1.0, -2.0], rows(6), 0, rows_multiple=4)
     assert batch.token_ids_BS.tolist() == [[1, 5, 7, 8, 2, 0], [1, 6, 4, 9, 0, 0], [0] * 6, [0] * 6]
     assert batch.position_ids_BS[:2].tolist() == [[0, 1, 2, 3, 4, 0], [0, 1, 2, 3, 0, 0]]
     assert batch.weights_BS[:2].tolist() == [[0, 1, 1, 1, 0, 0], [0, 0, 1, 0, 0, 0]]
@@ -48,7 +52,7 @@ def test_pack_keeps_every_completion_token(lengths):
     ]
     prompts = [[1] * p for p, _ in lengths]
     advantages = [float(i) for i in range(len(lengths))]
-    batch = pack_samples(samples, prompts, advantages, seq_len=12)
+    batch = pack_samples(samples, prompts, advantages, rows(12), 0)
     learned = batch.weights_BS == 1
     targets = batch.token_ids_BS.roll(-1, 1)[learned]
     found = zip(
@@ -66,12 +70,13 @@ def test_pack_keeps_every_completion_token(lengths):
 
 
 def test_too_long_sample_is_refused():
+    sample = _sample("a", (1, 2, 3), (0.0,) * 3)
     with pytest.raises(ValueError, match="seq_len 4"):
-        pack_samples([_sample("a", (1, 2, 3), (0.0,) * 3)], [[1, 1]], [0.0], seq_len=4)
+        pack_samples([sample], [[1, 1]], [0.0], rows(4), 0)
 
 
 def test_split_and_broadcast_keep_the_type():
-    batch = pack_samples([_sample("a", (7,), (-1.0,))], [[1]], [3.0], seq_len=3)
+    batch = pack_samples([_sample("a", (7,), (-1.0,))], [[1]], [3.0], rows(3), 0)
     last = PolicyBatch.from_tensors(batch.to_tensors()).split(1, 2)
     assert isinstance(last, PolicyBatch)
     assert last.advantages_BS.tolist() == [[0, 0, 0]]
@@ -80,7 +85,7 @@ def test_split_and_broadcast_keep_the_type():
 def _one_token(probability, behaviour, advantage):
     """A batch of one learned token, and logits that give it `probability`."""
     batch = pack_samples(
-        [_sample("a", (1,), (math.log(behaviour),))], [[2]], [advantage], seq_len=2
+        [_sample("a", (1,), (math.log(behaviour),))], [[2]], [advantage], rows(2), 0
     )
     logits = torch.zeros(1, 2, 3, dtype=torch.float64)
     logits[0, 0, 1] = math.log(2 * probability / (1 - probability))
@@ -128,7 +133,7 @@ def test_on_policy_gradient_is_reinforce(temperature):
     logits = torch.randn(1, 12, 6, dtype=torch.float64, requires_grad=True)
     config = replace(CONFIG, temperature=temperature)
     samples = [_sample("a", (3, 4, 2), (0.0,) * 3), _sample("b", (5, 2), (0.0,) * 2)]
-    batch = pack_samples(samples, [[1, 3], [1, 4]], [1.5, -0.5], seq_len=12)
+    batch = pack_samples(samples, [[1, 3], [1, 4]], [1.5, -0.5], rows(12), 0)
     logprobs = learned_logprobs(logits, batch, temperature)
     behaviour = batch.behaviour_logprobs_BS.double()
     behaviour[batch.weights_BS == 1] = logprobs.detach()
@@ -154,7 +159,7 @@ def test_absurd_ratio_stays_finite():
 
 def test_batch_without_samples_gives_zero():
     logits = torch.randn(2, 4, 3, requires_grad=True)
-    batch = pack_samples([_sample("a", (1,), (-1.0,))], [[2]], [1.0], seq_len=4, rows_multiple=3)
+    batch = pack_samples([_sample("a", (1,), (-1.0,))], [[2]], [1.0], rows(4), 0, rows_multiple=3)
     loss = policy_loss(logits, batch.split(1, 2), CONFIG)
     (gradient,) = torch.autograd.grad(loss.loss_sum, logits)
     assert loss.loss_sum.item() == loss.ratio_sum.item() == 0.0

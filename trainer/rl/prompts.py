@@ -6,8 +6,9 @@ would have asked, whichever engines there are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+import numpy as np
 from gossamer.comm.rollout import Request
 from gossamer.trainer.batch import permutation
 from gossamer.trainer.rl.config import RLConfig
@@ -30,6 +31,19 @@ def prompt_batch(seed: int, step: int, num_prompts: int, num_problems: int) -> l
     return order[place * num_prompts : (place + 1) * num_prompts].tolist()
 
 
+def other_prompts(
+    seed: int, step: int, num_prompts: int, num_problems: int, asked: Collection[int]
+) -> list[int]:
+    """Up to num_prompts different numbers below num_problems that are not in `asked`."""
+    order = permutation(num_problems, "other prompts", seed, step)
+    return order[~np.isin(order, list(asked))][:num_prompts].tolist()
+
+
+def request_id(step: int, problem_id: int, sample: int) -> str:
+    """Names one completion in a phase, in the books and in errors."""
+    return f"{step}/{problem_id}/{sample}"
+
+
 def requests_for(
     step: int, seed: int, prompts: Mapping[int, Sequence[int]], config: RLConfig
 ) -> list[list[Request]]:
@@ -41,7 +55,7 @@ def requests_for(
     groups = [
         [
             Request(
-                request_id=f"{step}/{problem_id}/{sample}",
+                request_id=request_id(step, problem_id, sample),
                 prompt_ids=tuple(prompt_ids),
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,

@@ -2,7 +2,8 @@
 
 The one idea: after version v is published, the batch of the update that may be `max_staleness`
 versions later is asked for, to be sampled on v or newer. So staleness is bounded by when a batch is
-asked for, and with 0 there is exactly one version that can make it.
+asked for, and with 0 there is exactly one version that can make it; and no more than
+max_staleness + 1 batches are ever asked for and not yet learned from.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Protocol
 import torch
 from gossamer.comm.rollout import Request, Sample
 from gossamer.trainer.config import TrainConfig
-from gossamer.trainer.import_path import resolve
-from gossamer.trainer.rl.config import REWARDS, RLConfig
-from gossamer.trainer.rl.grpo import PolicyBatch, group_advantages, pack_samples
-from gossamer.trainer.rl.prompts import prompt_batch, requests_for
-from gossamer.trainer.rl.reward import exact_match, score_samples
+from gossamer.trainer.rl.groups import Group, choose_samples
+from gossamer.trainer.rl.grpo import PolicyBatch, pack_samples
+from gossamer.trainer.rl.prompts import other_prompts, prompt_batch, request_id, requests_for
+from gossamer.trainer.rl.reward import RewardError, build_reward, exact_match, score_samples
 from gossamer.trainer.task import Problem, TaskProblems, prompt_ids
 from gossamer.trainer.tokenizer import Tokenizer
 
@@ -33,7 +33,10 @@ class RolloutSource(Protocol):
         ...
 
     def collect(self, batch: str) -> list[Sample]:
-        """Waits for the batch; samples in the order of its units."""
+        """Waits for the batch; samples in the order of its units.
+
+        Prompts that the source has given up are left out, with all their samples.
+        """
         ...
 
     def audit(self, version: int) -> dict[str, str]:
@@ -46,10 +49,21 @@ class RolloutStatistics:
     """Of one batch."""
 
     reward_mean: float
+    """Of all that was sampled."""
     reward_std: float
+    """Inside a group, mean over groups."""
     staleness_mean: float
     """Versions between the one that the batch's update starts from and a token's, mean."""
+    staleness_max: int
     completion_tokens: int
+    groups: int
+    """Prompts that were sampled and scored."""
+    groups_learned: int
+    """Prompts that are learned from."""
+    groups_lost: int
+    """Prompts left out because no engine could answer them, or no reward was to be had."""
+    refills: int
+    """Rounds in which other prompts were asked (rl.refill_rounds)."""
 
 
 class RolloutBatches:
@@ -65,8 +79,8 @@ class RolloutBatches:
     ) -> None:
         self._source, self._tokenizer, self._config = source, tokenizer, config
         self._problems, self._rows_multiple = problems, rows_multiple
-        self._reward = resolve(config.rl.reward, REWARDS, "rl.reward")
-        self._asked: dict[int, list[Problem]] = {}
+        self._reward = build_reward(config)
+        self._asked: dict[int, list[int]] = {}
         self._version = -1  # the newest that was published; nothing is asked before the first
 
     def ask_ahead(self, version: int, steps: range) -> None:
@@ -76,103 +90,132 @@ class RolloutBatches:
         """
         rl, self._version = self._config.rl, version
         for ahead in steps[: rl.max_staleness + 1]:
-            if ahead in self._asked:
-                continue
-            train, seed = self._problems.train, self._config.seed
-            numbers = prompt_batch(seed, ahead, rl.prompts_per_step, len(train))
-            problems = [train[number] for number in numbers]
-            prompts = {p.problem_id: prompt_ids(self._tokenizer, p) for p in problems}
-            self._source.submit(str(ahead), requests_for(ahead, seed, prompts, rl), version)
-            self._asked[ahead] = problems
+            if ahead not in self._asked:
+                num_problems = len(self._problems.train)
+                numbers = prompt_batch(self._config.seed, ahead, rl.prompts_per_step, num_problems)
+                self._submit(str(ahead), ahead, numbers)
+                self._asked[ahead] = numbers
 
     def collect(self, phase_step: int) -> tuple[PolicyBatch, RolloutStatistics]:
-        """Waits for the batch of update `phase_step`, which starts from the newest version."""
-        rl, problems = self._config.rl, self._asked.pop(phase_step)
-        samples = self._source.collect(str(phase_step))
-        answers = [problem.answer for problem in problems for _ in range(rl.samples_per_prompt)]
-        scores = score_samples(self._reward, self._tokenizer, samples, answers)
-        rewards_PG = torch.tensor(scores).view(len(problems), rl.samples_per_prompt)
-        kept, advantages = choose_samples(rewards_PG, rl)
-        prompts = [prompt_ids(self._tokenizer, problem) for problem in problems]
+        """Waits for the batch of update `phase_step`, which starts from the newest version.
+
+        Raises RuntimeError when nothing is left to learn from, and RewardError where the config
+        says that an unscored prompt ends the run.
+        """
+        rl, numbers = self._config.rl, self._asked.pop(phase_step)
+        groups = self._gather(str(phase_step), phase_step, numbers)
+        refills = 0
+        while refills < rl.refill_rounds:
+            mixed = sum(group.is_mixed for group in groups)
+            units = -(-(rl.prompts_per_step - mixed) // rl.prompts_per_unit)
+            num_problems, wanted = len(self._problems.train), units * rl.prompts_per_unit
+            others = other_prompts(self._config.seed, phase_step, wanted, num_problems, numbers)
+            if mixed >= rl.prompts_per_step or not others:
+                break
+            refills += 1
+            batch, numbers = f"{phase_step}+{refills}", numbers + others
+            self._submit(batch, phase_step, others)
+            groups += self._gather(batch, phase_step, others)
+        if not groups:
+            raise RuntimeError(f"none of update {phase_step}'s prompts was answered and scored")
+        chosen = groups
+        if refills:
+            mixed_groups = [group for group in groups if group.is_mixed]
+            chosen = mixed_groups[: rl.prompts_per_step] or groups[:1]
+        return self._pack(chosen, groups, lost=len(numbers) - len(groups), refills=refills)
+
+    def _submit(self, batch: str, step: int, numbers: list[int]) -> None:
+        """Asks for samples of the training problems of these numbers."""
+        problems = [self._problems.train[number] for number in numbers]
+        prompts = {p.problem_id: prompt_ids(self._tokenizer, p) for p in problems}
+        units = requests_for(step, self._config.seed, prompts, self._config.rl)
+        self._source.submit(batch, units, self._version)
+
+    def _gather(self, batch: str, step: int, numbers: list[int]) -> list[Group]:
+        """Waits for what was submitted, and scores it: the groups that are whole, in order."""
+        rl = self._config.rl
+        answered = {sample.request_id: sample for sample in self._source.collect(batch)}
+        found: list[tuple[Problem, list[Sample]]] = []
+        for problem in (self._problems.train[number] for number in numbers):
+            ids = [request_id(step, problem.problem_id, g) for g in range(rl.samples_per_prompt)]
+            if all(each in answered for each in ids):
+                found.append((problem, [answered[each] for each in ids]))
+        scores = score_samples(
+            self._reward,
+            self._tokenizer,
+            [sample for _, samples in found for sample in samples],
+            [problem for problem, samples in found for _ in samples],
+            rl.reward_workers,
+        )
+        groups = []
+        for place, (problem, samples) in enumerate(found):
+            own = scores[place * rl.samples_per_prompt : (place + 1) * rl.samples_per_prompt]
+            rewards = [score for score in own if not isinstance(score, RewardError)]
+            if len(rewards) == len(own):
+                groups.append(Group(problem, samples, rewards))
+            elif not rl.drop_unscored:
+                raise next(score for score in own if isinstance(score, RewardError))
+        return groups
+
+    def _pack(
+        self, chosen: list[Group], groups: list[Group], lost: int, refills: int
+    ) -> tuple[PolicyBatch, RolloutStatistics]:
+        """The batch of the chosen groups, and the numbers of all of them."""
+        rl, size = self._config.rl, self._config.rl.samples_per_prompt
+        kept, advantages = choose_samples(torch.tensor([g.rewards for g in chosen]), rl)
         batch = pack_samples(
-            [samples[i] for i in kept],
-            [prompts[i // rl.samples_per_prompt] for i in kept],
+            [chosen[i // size].samples[i % size] for i in kept],
+            [prompt_ids(self._tokenizer, chosen[i // size].problem) for i in kept],
             advantages,
-            rl.seq_len,
+            rl,
+            self._version,
             self._rows_multiple,
         )
+        samples = [sample for group in groups for sample in group.samples]
+        spans = [span for sample in samples for span in sample.spans]
         tokens = sum(len(sample.token_ids) for sample in samples)
-        behind = sum(
-            (self._version - span.version) * (span.stop - span.start)
-            for sample in samples
-            for span in sample.spans
-        )
+        behind = sum((self._version - span.version) * (span.stop - span.start) for span in spans)
+        rewards_PG = torch.tensor([group.rewards for group in groups])
         return batch, RolloutStatistics(
             reward_mean=float(rewards_PG.mean()),
             reward_std=float(rewards_PG.std(dim=1, correction=0).mean()),
             staleness_mean=behind / max(1, tokens),
+            staleness_max=max((self._version - span.version for span in spans), default=0),
             completion_tokens=tokens,
+            groups=len(groups),
+            groups_learned=len({i // size for i in kept}),
+            groups_lost=lost,
+            refills=refills,
         )
 
     def heldout_exact_match(self) -> tuple[float, int]:
-        """Greedy exact match of engines at the newest version, and how many held-out problems."""
+        """Greedy exact match of engines at the newest version, and how many held-out problems.
+
+        A problem that no engine could answer counts as answered wrong.
+        """
         heldout, rl = self._problems.heldout, self._config.rl
+        by_id = {f"heldout/{problem.problem_id}": problem for problem in heldout}
         requests = [
             Request(
-                request_id=f"heldout/{problem.problem_id}",
+                request_id=name,
                 prompt_ids=tuple(prompt_ids(self._tokenizer, problem)),
                 max_new_tokens=rl.max_new_tokens,
                 temperature=0.0,
                 key=(self._config.seed, problem.problem_id),
             )
-            for problem in heldout
+            for name, problem in by_id.items()
         ]
         units = [requests[i : i + EVAL_UNIT] for i in range(0, len(requests), EVAL_UNIT)]
         batch = f"heldout-{self._version}"
         self._source.submit(batch, units, self._version)
-        answers = [problem.answer for problem in heldout]
         samples = self._source.collect(batch)
-        scores = score_samples(exact_match, self._tokenizer, samples, answers)
-        return sum(scores) / len(heldout), len(heldout)
+        asked = [by_id[sample.request_id] for sample in samples]
+        right = [
+            exact_match(self._tokenizer.decode(sample.token_ids), problem, sample.finished)
+            for sample, problem in zip(samples, asked, strict=True)
+        ]
+        return sum(right) / len(heldout), len(heldout)
 
     def audit(self, version: int) -> dict[str, str]:
         """State hash of every engine's live weights at `version`."""
         return self._source.audit(version)
-
-
-def choose_samples(rewards_PG: torch.Tensor, rl: RLConfig) -> tuple[list[int], list[float]]:
-    """Numbers (p * G + g) and advantages of the samples to train on.
-
-    Of each group those whose rewards differ most; of the groups, those whose rewards differ at all
-    (the first group where none does: an update needs a batch).
-    """
-    num_prompts, group_size = rewards_PG.shape
-    number_PK = most_different(rewards_PG, rl.train_samples_per_prompt or group_size)
-    trained_PK = rewards_PG.gather(1, number_PK)
-    is_kept_P = trained_PK.amax(dim=1) != trained_PK.amin(dim=1)
-    if not rl.drop_constant_groups:
-        is_kept_P[:] = True
-    elif not is_kept_P.any():
-        is_kept_P[0] = True
-    number_PK = number_PK + group_size * torch.arange(num_prompts).unsqueeze(1)
-    advantage_PK = group_advantages(trained_PK[is_kept_P], rl.normalise_by_std)
-    return number_PK[is_kept_P].flatten().tolist(), advantage_PK.flatten().tolist()
-
-
-def most_different(rewards_PG: torch.Tensor, num_kept: int) -> torch.Tensor:
-    """Per group the num_kept samples whose rewards vary most, in the order of their numbers.
-
-    They are always some of the lowest and some of the highest (PODS: Xu et al. 2025,
-    arXiv:2504.13818); among equals the earlier sample is taken for low and the later for high.
-    """
-    order_PG = rewards_PG.argsort(dim=1, stable=True)
-    group_size = rewards_PG.shape[1]
-    places_CK = torch.tensor(
-        [
-            [*range(low), *range(group_size - num_kept + low, group_size)]
-            for low in range(num_kept + 1)
-        ]
-    )
-    candidates_PCK = rewards_PG.gather(1, order_PG)[:, places_CK]
-    best_P = candidates_PCK.var(dim=-1, correction=0).argmax(dim=1)
-    return order_PG.gather(1, places_CK[best_P]).sort(dim=1).values
