@@ -12,6 +12,9 @@ from pathlib import Path
 from gossamer.launch.log_cli import add_log_commands
 from gossamer.launch.place import add_place_command
 
+PLACES = ("cluster.", "train.outer.url=")
+"""What begins an override of `resume`."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code. Errors of the user's are one sentence on stderr."""
@@ -46,8 +49,19 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe")
         command.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
         command.set_defaults(run=_start, command=name)
+    command = commands.add_parser("join", help="add one more replica to a run, from any cluster")
+    command.add_argument(
+        "log", metavar="LOG", help="where the replicas meet: RUN_DIR/rounds, s3://"
+    )
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="what differs from theirs")
+    command.add_argument("--run-dir", type=Path, help="default: runs/NAME-REPLICA")
+    command.add_argument("--name", help="of a replica to take the place of; default: a new one")
+    command.set_defaults(run=_join)
     command = commands.add_parser("resume", help="go on with a run that was stopped or killed")
     command.add_argument("run_dir", type=Path)
+    command.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help=f"where it runs: {', '.join(PLACES)}"
+    )
     command.set_defaults(run=_resume)
     command = commands.add_parser("validate", help="check a recipe and say what it resolves to")
     _add_recipe(command)
@@ -122,16 +136,41 @@ def _start(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"{arguments.recipe} has a grpo phase; run it with `gossamer rl`")
     if arguments.command == "rl" and not config.has_rollouts:
         raise RecipeError(f"{arguments.recipe} has no grpo phase; run it with `gossamer train`")
+    run_dir = (arguments.run_dir or Path("runs") / config.name).resolve()
+    if config.replicas > 1:
+        from gossamer.launch.replicas import start_replicas
+
+        return start_replicas(config, run_dir, arguments.overwrite)
     from gossamer.launch.controller import start_run
 
-    run_dir = arguments.run_dir or Path("runs") / config.name
-    start_run(config, run_dir.resolve(), arguments.overwrite)
+    start_run(config, run_dir, arguments.overwrite)
+
+
+def _join(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.controller import start_run
+    from gossamer.launch.replicas_members import joining
+
+    config, returns = joining(arguments.log, arguments.overrides, arguments.name)
+    name = f"{config.name}-{config.train.outer.replica}"
+    run_dir = arguments.run_dir or Path("runs") / name
+    start_run(config, run_dir.resolve(), overwrite=False, takes_over=returns)
 
 
 def _resume(arguments: argparse.Namespace) -> None:
+    for override in arguments.overrides:
+        if not override.startswith(PLACES):
+            raise ValueError(
+                f"override {override!r}: a run that goes on may be told where it runs, and no more;"
+                f" expected {', '.join(PLACES)}"
+            )
+    config, run_dir = _load_run(arguments.run_dir, arguments.overrides), arguments.run_dir.resolve()
+    if config.replicas > 1:
+        from gossamer.launch.replicas import resume_replicas
+
+        return resume_replicas(config, run_dir)
     from gossamer.launch.controller import resume_run
 
-    resume_run(_load_run(arguments.run_dir), arguments.run_dir.resolve())
+    resume_run(config, run_dir)
 
 
 def _validate(arguments: argparse.Namespace) -> None:
@@ -159,9 +198,14 @@ def _validate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.replicas_report import write_fleet_report
+    from gossamer.launch.replicas_summary import is_fleet
     from gossamer.launch.report import write_report
     from gossamer.launch.summary import write_summary
 
+    if is_fleet(arguments.run_dir):
+        print(write_fleet_report(arguments.run_dir))
+        return
     write_summary(arguments.run_dir)
     print(write_report(arguments.run_dir))
 
@@ -217,13 +261,13 @@ def _bench_table(arguments: argparse.Namespace) -> None:
         table.put_table(arguments.into, text, bench.BEGIN, bench.END)
 
 
-def _load_run(run_dir: Path):  # noqa: ANN202
+def _load_run(run_dir: Path, overrides: list[str] | None = None):  # noqa: ANN202
     from gossamer.launch.recipe import load_recipe
 
     path = run_dir / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected the folder of a gossamer run")
-    return load_recipe(str(path), [])
+    return load_recipe(str(path), overrides or [])
 
 
 if __name__ == "__main__":

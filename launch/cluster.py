@@ -51,4 +51,4 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
 def _cpus_wanted(config: RunConfig) -> int:
     ranks = config.train.parallel.world_size * config.cluster.cpus_per_rank
     engines = config.rollout.engines * config.rollout.num_cpus if config.has_rollouts else 0
-    return max(os.cpu_count() or 1, math.ceil(ranks + engines))
+    return max(os.cpu_count() or 1, math.ceil(config.replicas * (ranks + engines)))

@@ -47,6 +47,23 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FleetConfig:
+    """How several replicas of a run are looked after."""
+
+    max_restarts: int = 5
+    """How often one replica that died is started again; the others go on without it."""
+    link_mbit: float | None = None
+    """Each replica reaches the rounds through a link of so many megabits a second, on this machine;
+    None: as fast as it goes."""
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise ValueError(f"fleet.max_restarts is {self.max_restarts}; expected 0 or more")
+        if self.link_mbit is not None and self.link_mbit <= 0:
+            raise ValueError(f"fleet.link_mbit is {self.link_mbit}; expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """A recipe: the whole of what `gossamer train` and `gossamer rl` read."""
 
@@ -54,6 +71,10 @@ class RunConfig:
     """Names the run, its folder (runs/NAME) and its weight log."""
     train: TrainConfig
     """The replica."""
+    replicas: int = 1
+    """Replicas that train one model in rounds (train.outer), each a run of its own."""
+    fleet: FleetConfig = field(default_factory=FleetConfig)
+    """How they are looked after, where there are several."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The engines."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -63,6 +84,25 @@ class RunConfig:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(
                 f"name is {self.name!r}; expected letters, digits, dots, dashes and underscores"
+            )
+        if self.replicas < 1:
+            raise ValueError(f"replicas is {self.replicas}; expected at least 1")
+        if self.replicas > 1:
+            self._check_fleet()
+
+    def _check_fleet(self) -> None:
+        outer, data = self.train.outer, self.train.data
+        if outer is None:
+            raise ValueError(f"replicas is {self.replicas}; expected 1, or a train.outer section")
+        if 1 < data.num_replicas < self.replicas:
+            raise ValueError(
+                f"train.data.num_replicas is {data.num_replicas}; expected 1 or at least"
+                f" replicas={self.replicas}, for each reads documents of its own"
+            )
+        if self.fleet.link_mbit is not None and (outer.url, outer.exchange) != (None, "log"):
+            raise ValueError(
+                "fleet.link_mbit needs rounds in the run's own folder; expected no train.outer.url"
+                " and train.outer.exchange log"
             )
 
     @property

@@ -20,10 +20,11 @@ from typing import IO, Any
 from gossamer.launch.config import RunConfig
 from gossamer.launch.display import LiveDisplay
 from gossamer.launch.recipe import dump_config, with_absolute_paths
+from gossamer.launch.replicas_members import prepare_member
 from gossamer.launch.report import write_report
 from gossamer.launch.summary import of_kind, read_events, write_summary
 from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
-from gossamer.trainer.prepare import load_run_tokenizer, prepare_run
+from gossamer.trainer.prepare import load_run_tokenizer
 
 CONFIG_FILE = "config.json"
 REFRESH_S = 0.5
@@ -33,26 +34,23 @@ class RunError(RuntimeError):
     """A run that cannot start or did not end well; one sentence for the user."""
 
 
-def start_run(config: RunConfig, run_dir: Path, overwrite: bool) -> None:
-    """Runs a recipe in a new folder. Raises RunError when the folder holds a run already."""
+def start_run(config: RunConfig, run_dir: Path, overwrite: bool, takes_over: bool = False) -> None:
+    """Runs a recipe in a new folder. Raises RunError when the folder holds a run already.
+
+    `takes_over`: as a replica that was, or is, somewhere else.
+    """
     config = with_absolute_paths(config)
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _sole_driver(run_dir):
-        if (run_dir / CONFIG_FILE).exists():
-            if not overwrite:
-                raise RunError(
-                    f"{run_dir} already holds a run: continue it with `gossamer resume {run_dir}`,"
-                    " or start anew with --overwrite"
-                )
-            _empty(run_dir)
+    with sole_driver(run_dir):
+        make_room(run_dir, overwrite)
         _clear_checkpoints(config, run_dir, overwrite)
         dump_config(config, run_dir / CONFIG_FILE)
-        _attempt(config, run_dir, number=1, resume_from=None)
+        _attempt(config, run_dir, number=1 + takes_over, resume_from=None)
 
 
 def resume_run(config: RunConfig, run_dir: Path) -> None:
     """Goes on from the newest whole checkpoint, or from the start when there is none."""
-    with _sole_driver(run_dir):
+    with sole_driver(run_dir):
         drop_torn_lines(run_dir)
         events = read_events(run_dir) if (run_dir / METRICS_FILE).exists() else []
         if of_kind(events, "run_end", reason="finished"):
@@ -89,8 +87,20 @@ def _clear_checkpoints(config: RunConfig, run_dir: Path, overwrite: bool) -> Non
         remove_checkpoint(url)
 
 
+def make_room(run_dir: Path, overwrite: bool) -> None:
+    """The folder holds no run, or none any more. Raises RunError."""
+    if not (run_dir / CONFIG_FILE).exists():
+        return
+    if not overwrite:
+        raise RunError(
+            f"{run_dir} already holds a run: continue it with `gossamer resume {run_dir}`,"
+            " or start anew with --overwrite"
+        )
+    empty_run(run_dir)
+
+
 @contextmanager
-def _sole_driver(run_dir: Path) -> Iterator[None]:
+def sole_driver(run_dir: Path) -> Iterator[None]:
     """Holds the run's folder against other drivers on this machine, until this process ends.
 
     Writer epochs fence writers wherever they are, but only when they come to write.
@@ -108,7 +118,7 @@ def _sole_driver(run_dir: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _empty(run_dir: Path) -> None:
+def empty_run(run_dir: Path) -> None:
     """Deletes a run, and nothing that is none."""
     if not (run_dir / METRICS_FILE).exists():
         raise RunError(
@@ -123,18 +133,18 @@ def _empty(run_dir: Path) -> None:
 
 
 def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: str | None) -> None:
-    with _quiet_console(run_dir) as console:
+    with quiet_console(run_dir) as console:
         events = EventLog(run_dir)
-        display = LiveDisplay(run_dir, console=_rich_console(console))
+        display = LiveDisplay(run_dir, console=rich_console(console))
         display.start()
         try:
-            prepare_run(config.train, run_dir, config.name)
+            prepare_member(config, run_dir)
             _run_on_ray(config, run_dir, number, resume_from, display)
         except KeyboardInterrupt:
             events.write("run_end", {"reason": "stopped by its user"})
             raise KeyboardInterrupt(f"`gossamer resume {run_dir}` goes on") from None
         except BaseException as error:
-            events.write("run_end", {"reason": _sentence(error)})
+            events.write("run_end", {"reason": last_sentence(error)})
             raise
         finally:
             display.stop()
@@ -174,8 +184,8 @@ def _run_on_ray(
             ray.get(ended[0])
         except ray.exceptions.RayError as error:
             raise RunError(
-                f"attempt {number} failed ({_sentence(error)}); see {run_dir / 'logs'} and go on"
-                f" with `gossamer resume {run_dir}`"
+                f"attempt {number} failed ({last_sentence(error)}); see {run_dir / 'logs'} and go"
+                f" on with `gossamer resume {run_dir}`"
             ) from error
         display.refresh()
 
@@ -190,7 +200,7 @@ def _engine_model(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     return hf.to_dict() | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id or 0}
 
 
-def _sentence(error: BaseException) -> str:
+def last_sentence(error: BaseException) -> str:
     """The last meaningful line of an error that Ray may have wrapped many times."""
     if "worker process has died" in str(error):
         return "a trainer rank's process was killed or crashed"
@@ -199,7 +209,7 @@ def _sentence(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet_console(run_dir: Path) -> Iterator[IO[str]]:
+def quiet_console(run_dir: Path) -> Iterator[IO[str]]:
     """Sends what libraries print to RUN_DIR/logs/driver.log; yields the user's own console."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -218,7 +228,7 @@ def _quiet_console(run_dir: Path) -> Iterator[IO[str]]:
                 os.close(source)
 
 
-def _rich_console(file: IO[str]) -> Any:  # noqa: ANN401
+def rich_console(file: IO[str]) -> Any:  # noqa: ANN401
     from rich.console import Console
 
     return Console(file=file)

@@ -78,6 +78,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if train.checkpoint.url is not None and "://" not in train.checkpoint.url:
         root = str(Path(train.checkpoint.url).absolute())
         train = replace(train, checkpoint=replace(train.checkpoint, url=root))
+    if train.outer is not None and train.outer.url and "://" not in train.outer.url:
+        rounds = str(Path(train.outer.url).absolute())
+        train = replace(train, outer=replace(train.outer, url=rounds))
     return replace(config, train=train)
 
 

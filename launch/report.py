@@ -27,6 +27,7 @@ from gossamer.launch.quantities import (
     format_number,
     format_percent,
 )
+from gossamer.launch.replicas_charts import round_chart
 from gossamer.launch.summary import Event, of_kind, read_events, settle, summarise, write_whole
 from gossamer.launch.timeline import pause_chart, throughput_chart, timeline_chart
 from plotly.io import to_html
@@ -61,6 +62,9 @@ section { padding: 16px 18px 8px; min-width: 0 }
 details { margin-top: 14px; padding: 12px 18px; background: var(--paper); font-size: 13.5px;
   border: 1px solid var(--rule); border-radius: 10px }
 summary { cursor: pointer; font-weight: 600 }
+table { width: 100%; border-collapse: collapse; font-size: 13.5px; margin: 6px 0 8px }
+th { color: var(--muted); font-weight: 500 } th, td { text-align: left; padding: 4px 8px;
+  border-top: 1px solid var(--rule); font-variant-numeric: tabular-nums }
 pre { overflow: auto; max-height: 480px; font-size: 12.5px }
 footer { margin-top: 24px; color: var(--muted); font-size: 13px }
 @media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr) } }
@@ -156,14 +160,37 @@ def page(events: list[Event], summary: Event, config: str) -> str:
         throughput_chart(events),
         expert_chart(settled),
     ]
-    name, reason = escape(str(summary["name"])), summary["end_reason"]
-    state = f"ended: {escape(str(reason))}" if reason else "running, or killed"
+    if of_kind(events, "outer_round"):
+        charts.append(round_chart(events))
+    reason = summary["end_reason"]
     charts.sort(key=lambda chart: chart.figure is None)  # what could not be drawn, at the end
+    return html_page(
+        name=str(summary["name"]),
+        state=f"ended: {reason}" if reason else "running, or killed",
+        facts=essentials(summary, start),
+        cards=summary_cards(summary),
+        charts=charts,
+        config=config,
+    )
+
+
+def html_page(
+    *,
+    name: str,
+    state: str,
+    facts: str,
+    cards: list[tuple[str, str, str, str]],
+    charts: list[Chart],
+    config: str,
+    below: str = "",
+) -> str:
+    """A page of cards, charts and the config; `facts` and `below` are HTML, all else is text."""
+    name = escape(name)
     if config:
         config = f"<details><summary>Resolved config</summary><pre>{escape(config)}</pre></details>"
-    cards = "".join(
+    shown = "".join(
         f'<div class="card {css}"><small>{what}</small><b>{value}</b><small>{remark}</small></div>'
-        for what, value, remark, css in summary_cards(summary)
+        for what, value, remark, css in cards
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -173,10 +200,10 @@ def page(events: list[Event], summary: Event, config: str) -> str:
 <style>{STYLE}</style>
 <script>{get_plotlyjs()}</script></head>
 <body><main>
-<header><p>Gossamer run</p><h1>{name}<span>{state}</span></h1>
-<p>{essentials(summary, start)}</p></header>
-<div class="cards">{cards}</div>
-<div class="charts">{"".join(map(section, charts))}</div>
+<header><p>Gossamer run</p><h1>{name}<span>{escape(state)}</span></h1>
+<p>{facts}</p></header>
+<div class="cards">{shown}</div>
+<div class="charts">{"".join(map(section, charts))}{below}</div>
 {config}
 <footer>Made from metrics.jsonl. Sizes are in powers of 1000; a step that a later attempt did
 again counts once in the curves of learning, and as often as it ran in bytes and times.</footer>

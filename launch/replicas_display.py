@@ -1,0 +1,206 @@
+"""Several replicas as they go, in the terminal: a row each, and what became of the last round.
+
+The one idea: as the display of one run it only reads: the metrics of each replica, and the records
+of rounds, which tell also of replicas that joined from elsewhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from gossamer.comm.manifest import LogError
+from gossamer.comm.outer.record import Record, record_name, unpack_record
+from gossamer.comm.store import Store
+from gossamer.launch.display import PLAIN_EVERY_S, EventTail, RunState
+from gossamer.launch.quantities import (
+    format_bytes,
+    format_count,
+    format_duration,
+    format_number,
+    format_percent,
+)
+from gossamer.launch.summary import Event
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+LOOK_S = 1.0
+"""Between two looks at the store."""
+NEWS_LINES = 5
+
+
+class Shown(Protocol):
+    """A replica, as far as it is shown."""
+
+    name: str
+    run_dir: Path
+    state: str
+    restarts: int
+
+
+class RoundTail:
+    """Reads the records of rounds as they come; a store that does not answer is asked again."""
+
+    def __init__(self, store: Store | None) -> None:
+        self._store, self._next, self._looked_s = store, 0, 0.0
+        self.last: Record | None = None
+
+    def read(self) -> None:
+        if self._store is None or time.monotonic() - self._looked_s < LOOK_S:
+            return
+        self._looked_s = time.monotonic()
+        try:
+            while self._store.size(name := record_name(self._next)) is not None:
+                self.last = unpack_record(self._store.get(name), name)
+                self._next += 1
+        except (OSError, LogError):
+            pass
+
+
+class ReplicaRow:
+    """One replica's numbers, brought up to date event by event."""
+
+    def __init__(self, replica: Shown) -> None:
+        self.replica = replica
+        self.run, self.round, self.sent_bytes = RunState(), {}, 0  # type: RunState, Event, int
+        self._tail = EventTail(replica.run_dir)
+
+    def read(self) -> None:
+        for event in self._tail.read():
+            self.run.take(event)
+            if event["event"] == "outer_round":
+                self.round = event
+                self.sent_bytes += event.get("wire_bytes_sent", 0)
+
+    @property
+    def state(self) -> str:
+        if self.replica.state == "running" and not self.run.step:
+            return "starting"
+        return "died, starts again" if self.replica.state == "waiting" else self.replica.state
+
+    def cells(self) -> list[str]:
+        done, total = self.run.steps
+        step, last = self.run.step, self.round
+        busy = last.get("utilisation")
+        return [
+            self.replica.name,
+            self.state,
+            f"{self.run.phase} {done:,}" + (f" of {total:,}" if total else ""),
+            format_number(step.get("loss")),
+            format_count(step.get("tokens_per_s")),
+            str(last["round"]) if last else "",
+            format_bytes(self.sent_bytes) if self.sent_bytes else "",
+            format_percent(busy) if busy is not None else "",
+            str(self.replica.restarts or ""),
+        ]
+
+
+HEADS = ("replica", "", "step", "loss", "tokens/s", "round", "sent", "busy", "restarts")
+
+
+class FleetDisplay:
+    """Shows the replicas of RUN_DIR: redrawn at each `refresh`, or plain lines elsewhere."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        replicas: Sequence[Shown],
+        store: Store | None,
+        join_url: str,
+        links: str,
+        console: Console,
+    ) -> None:
+        from rich.live import Live
+
+        self._console, self._rounds = console, RoundTail(store)
+        self._rows = [ReplicaRow(replica) for replica in replicas]
+        self._tail, self._name, self._news = EventTail(run_dir), run_dir.name, []  # type: ignore
+        self._hints = [links] if links else []
+        if store is not None:
+            self._hints.append(f"one more replica: gossamer join {join_url}")
+        self._live = Live(console=console, auto_refresh=False)
+        self._started_s = self._printed_s = time.monotonic()
+
+    def start(self) -> None:
+        if self._console.is_terminal:
+            self._live.start()
+        else:
+            for hint in self._hints:
+                self._print(hint)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads what is new and shows it. Cheap: call it a few times a second."""
+        for row in self._rows:
+            row.read()
+        self._rounds.read()
+        for event in self._tail.read():
+            if event["event"] == "replica" and event["what"] != "started":
+                self._tell(event)
+        if self._console.is_terminal:
+            self._live.update(self.panel(), refresh=True)
+        elif time.monotonic() - self._printed_s >= PLAIN_EVERY_S:
+            self._print(self.line())
+
+    def stop(self) -> None:
+        self.refresh()
+        if self._console.is_terminal:
+            self._live.stop()
+        else:
+            self._print(self.line())
+
+    def line(self) -> str:
+        """All replicas in one line."""
+        told = [self._clock(), self.round_line()]
+        for row in self._rows:
+            name, state, step, loss, *_ = row.cells()
+            running = row.replica.state == "running" and row.run.step
+            told.append(f"{name} {step} loss {loss}" if running else f"{name} {state}")
+        return "  ".join(filter(None, told))
+
+    def round_line(self) -> str:
+        """What became of the last round that is settled."""
+        record = self._rounds.last
+        if record is None:
+            return "no round settled yet"
+        names = [
+            each.replica + (" (late)" if each.round < record.round else "")
+            for each in record.counted
+        ]
+        line = f"round {record.round}: {', '.join(names)}"
+        return line + "".join(f"; {who} refused: {why}" for who, why in record.refused.items())
+
+    def panel(self) -> RenderableType:
+        """All replicas as a panel."""
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, expand=True, header_style="dim", padding=(0, 1))
+        for head in HEADS:
+            table.add_column(head, no_wrap=True, justify="left" if head in HEADS[:3] else "right")
+        for row in self._rows:
+            bad = "bold red" if row.replica.state in ("waiting", "lost") and row.run.step else ""
+            table.add_row(*(Text(cell, bad) for cell in row.cells()))
+        below = [Text(self.round_line()), *(Text(hint, "dim") for hint in self._hints)]
+        below += [Text(news, "red") for news in self._news[-NEWS_LINES:]]
+        title = Text.assemble("gossamer · ", (self._name, "bold"))
+        return Panel(Group(table, Text(), *below), title=title, subtitle=self._clock())
+
+    def _tell(self, event: Event) -> None:
+        why = f": {event['reason']}" if event.get("reason") else ""
+        news = f"{self._clock()} {event['replica']} {event['what']}{why}"
+        self._news.append(news)
+        if not self._console.is_terminal:
+            self._print(news)
+
+    def _clock(self) -> str:
+        return f"[{format_duration(time.monotonic() - self._started_s)}]"
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._printed_s = time.monotonic()
