@@ -63,7 +63,7 @@ class Publishing:
         dist.barrier()  # every rank has looked at the head before part 0 may move it
         start_s = time.perf_counter()
         published = self._published = self._publisher.publish(
-            self._rows(), step, step if is_takeover else None
+            self.rows(), step, step if is_takeover else None
         )
         if self._is_first_rank:
             manifest = self.log.manifest(published.version)
@@ -96,7 +96,7 @@ class Publishing:
             version = published.version
         else:  # learned from text since, or resumed from the very last checkpoint
             version = self.publish(step)
-        expected = trainer_state_hash(self._rows())
+        expected = trainer_state_hash(self.rows())
         if rollouts:
             for engine, found in rollouts.audit(version).items():
                 self._event(
@@ -108,8 +108,8 @@ class Publishing:
                     equal=found == expected,
                 )
 
-    def _rows(self) -> Iterator[Rows]:
-        """What this rank owns, rounded as it is published."""
+    def rows(self) -> Iterator[Rows]:
+        """What this rank owns, rounded as it is published. A collective call."""
         for owned in chain(self._engine.owned(with_moments=False), owned_buffers(self._model)):
             values = owned.master.to(published_dtype(owned.name, self._dtype)).contiguous()
             yield Rows(owned.name, owned.shape, owned.row_start, values)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gossamer.parallel.dims import build_dims
+from gossamer.trainer.changes import Changes
 from gossamer.trainer.config import PhaseConfig, TrainConfig
 from gossamer.trainer.data.mixture import task_source
 from gossamer.trainer.engine import build_engine
@@ -68,6 +69,8 @@ class Session:
         self._publishing = Publishing(
             config, place, self.dims, self.engine, self.model, self._event
         )
+        every_steps = config.metrics.changes_every_steps
+        self._changes = Changes(every_steps, self._publishing.rows, self._event)
         self._reference = Reference(config, hf, self.dims, self._publishing.log)
         data_state = checkpoint.state["data"] if checkpoint else None
         self._feed = Feed(config, tokenizer, problems, rollouts, data_state)
@@ -133,8 +136,9 @@ class Session:
         for url, reason in self._torn.items():
             self._event("checkpoint_torn", checkpoint=url, reason=reason, step=self.progress.step)
         phase = self.phase()
-        if phase is not None and phase.kind == "grpo" and self.progress.phase_step:
+        if phase is not None and self.progress.phase_step:
             self.publish(phase)
+            self._changes.begin(self.progress.step)
         self._heldout = HeldoutText(self.config, self._feed)
         self._clock_s = time.perf_counter()
 
@@ -146,6 +150,7 @@ class Session:
     def begin_phase(self, phase: PhaseConfig) -> None:
         """Before a phase's first update: a grpo phase publishes and measures where it starts."""
         self._event("phase", phase=phase.name, kind=phase.kind, step=self.progress.step)
+        self._changes.begin(self.progress.step)
         if phase.kind == "grpo":
             self.publish(phase)
             self.progress.reference_version = self._publishing.version
@@ -204,6 +209,7 @@ class Session:
             self._event("placement", step=step, **decision)
             if decision["is_moved"]:
                 self._publishing.start_over()
+                self._changes.begin(step)
 
     def publish(self, phase: PhaseConfig) -> None:
         """Publishes the weights as the log's next version and asks for the batches it allows."""
@@ -236,6 +242,7 @@ class Session:
             mfu=result.flops / (step_s * self._peak_flops),
             **fields,
         )
+        self._changes.after_update(self.progress.step, phase.name)
 
     def evaluate(self, phase: PhaseConfig) -> None:
         """Every heldout.every_steps, outside RL: the loss on text that is never trained on."""

@@ -145,6 +145,9 @@ class MetricsConfig:
     """Project name in wandb."""
     expert_load_every_steps: int = 10
     """Steps between records of tokens per expert."""
+    changes_every_steps: int = 0
+    """Steps between counts of which published elements changed, by layer and expert (docs/rl.md);
+    each rank keeps two copies of its share in the publish dtype. 0 = none."""
     peak_flops: float | None = None
     """FLOP/s that one rank could do, for `mfu`; None = those of a matrix product, measured at the
     start."""
@@ -161,6 +164,10 @@ class MetricsConfig:
         _require(
             self.expert_load_every_steps >= 1,
             f"metrics.expert_load_every_steps is {self.expert_load_every_steps}; expected >= 1",
+        )
+        _require(
+            self.changes_every_steps >= 0,
+            f"metrics.changes_every_steps is {self.changes_every_steps}; expected 0 or more",
         )
         _require(
             self.peak_flops is None or self.peak_flops > 0,
