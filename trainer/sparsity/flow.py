@@ -72,19 +72,20 @@ class Flow:
     ) -> None:
         """Step number `step`, from 1, in place: torch's AdamW with the pull in it.
 
-        The first moment that is kept is of the loss alone; the second, of what was applied.
+        The first moment that is kept is of the loss alone. Of ast and adams the second moment, of
+        masked and kept weights, is that of the first as it is applied, not of the gradient.
         """
         beta1, beta2 = betas
         pull = (self.decay * weight).masked_fill(mask, 0.0)
         weight.mul_(1.0 - lr * weight_decay)
         exp_avg.lerp_(gradient, 1.0 - beta1)
-        applied = exp_avg
+        applied, squared = exp_avg, gradient
         if self.place == "ast":
-            applied = exp_avg + pull
+            applied = squared = exp_avg + pull
         elif self.place == "adams":
             pulled = (1.0 - self.mix) * exp_avg + self.mix * self.decay * pull.sign()
-            applied = exp_avg.where(mask, pulled)
-        exp_avg_sq.mul_(beta2).addcmul_(applied, applied, value=1.0 - beta2)
+            applied = squared = exp_avg.where(mask, pulled)
+        exp_avg_sq.mul_(beta2).addcmul_(squared, squared, value=1.0 - beta2)
         root = (exp_avg_sq.sqrt() / math.sqrt(1.0 - beta2**step)).add_(eps)
         weight.addcdiv_(applied, root, value=-lr / (1.0 - beta1**step))
         if self.place == "decoupled":

@@ -91,4 +91,4 @@ def density_at(schedule: ScheduleConfig, within: Window, x: float) -> float:
         share = (x - within.start + every) / (within.stop - within.start + every)
         return first * (last / first) ** share
     power = schedule.power if kind == "polynomial" else 1.0
-    return last + (first - last) * (1.0 - share) ** power
+    return min(first, last + (first - last) * (1.0 - share) ** power)
