@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-vllm test-testbed lint types
+.PHONY: demo test test-slow test-browser test-vllm test-testbed lint types
 
 demo: $(INSTALLED)
 	@$(BIN)/gossamer rl demo --overwrite
@@ -13,6 +13,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	@$(BIN)/python -m pytest -m slow
+
+# opens reports in Debian's Chromium; without it its tests say so and are skipped
+test-browser: $(INSTALLED)
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y chromium; } || \
+		echo "no browser, and none could be installed: as root, apt-get install chromium"
+	@$(BIN)/python -m pytest -m browser
 
 # 3.5 GB; its CPU build asks for three packages in builds that do not go with the CPU torch
 test-vllm: .venv/.vllm

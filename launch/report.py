@@ -10,6 +10,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from gossamer.launch.change_charts import change_chart
 from gossamer.launch.charts import (
     Chart,
     density_chart,
@@ -19,6 +20,7 @@ from gossamer.launch.charts import (
     wire_chart,
     words,
 )
+from gossamer.launch.gantt import gantt_chart
 from gossamer.launch.quantities import (
     MISSING,
     format_bytes,
@@ -49,11 +51,12 @@ h1 span { font-size: 13px; font-weight: 500; letter-spacing: 0; vertical-align: 
   margin-left: 10px; padding: 3px 10px; border-radius: 99px; background: var(--rule) }
 h2 { margin: 0; font-size: 16px }
 section p { margin: 2px 0 6px; color: var(--muted); font-size: 13.5px; max-width: 86ch }
-.cards { display: flex; flex-wrap: wrap; gap: 10px; margin: 22px 0 14px }
+.cards { display: grid; gap: 10px; margin: 22px 0 14px;
+  grid-template-columns: repeat(4, minmax(0, 1fr)) }
 .charts { display: grid; gap: 14px; grid-template-columns: repeat(2, minmax(0, 1fr));
   grid-auto-flow: dense }
 .card, section { background: var(--paper); border: 1px solid var(--rule); border-radius: 10px }
-.card { padding: 12px 14px; flex: 1 1 126px }
+.card { padding: 12px 14px }
 .card b { display: block; font-size: 17px; line-height: 1.5; white-space: nowrap }
 .card small { display: block; color: var(--muted); font-size: 12.5px; line-height: 1.35 }
 .good b { color: #2b8a3e } .bad b { color: #c2255c }
@@ -67,7 +70,8 @@ th { color: var(--muted); font-weight: 500 } th, td { text-align: left; padding:
   border-top: 1px solid var(--rule); font-variant-numeric: tabular-nums }
 pre { overflow: auto; max-height: 480px; font-size: 12.5px }
 footer { margin-top: 24px; color: var(--muted); font-size: 13px }
-@media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr) } }
+@media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr) }
+  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)) } }
 @media print { body { background: #fff } section { break-inside: avoid } }
 """
 
@@ -153,6 +157,7 @@ def page(events: list[Event], summary: Event, config: str) -> str:
     charts = [
         loss_chart(settled),
         reward_chart(settled),
+        gantt_chart(events),
         wire_chart(events),
         timeline_chart(events),
         pause_chart(events),
@@ -162,6 +167,8 @@ def page(events: list[Event], summary: Event, config: str) -> str:
     ]
     if of_kind(events, "outer_round"):
         charts.append(round_chart(events))
+    if (changes := change_chart(events)) is not None:
+        charts.append(changes)
     reason = summary["end_reason"]
     charts.sort(key=lambda chart: chart.figure is None)  # what could not be drawn, at the end
     return html_page(

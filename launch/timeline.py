@@ -120,7 +120,7 @@ def bars(spans: list[Span], row: str, clock: Clock, tints: tuple[str, str], unit
 
 
 def timeline_chart(events: list[Event]) -> Chart:
-    """Rows: trainer (phases, checkpoints), weight log (versions), one per engine."""
+    """Rows: trainer (phases), checkpoints, weight log (versions), one per engine."""
     title, clock = "Timeline", Clock.of(events)
     engines = sorted({e["engine"] for e in of_kind(events, "engine")})
     phases, versions = phase_spans(events), of_kind(events, "publish")
@@ -143,7 +143,7 @@ def timeline_chart(events: list[Event]) -> Chart:
 
     mark(of_kind(versions, "publish", kind="delta"), "delta", "weight log", BLUE, "line-ns")
     mark(of_kind(versions, "publish", kind="anchor"), "anchor", "weight log", ORANGE, "diamond")
-    mark(of_kind(events, "checkpoint"), "checkpoint", "trainer", INK, "square-open")
+    mark(of_kind(events, "checkpoint"), "checkpoint", "checkpoints", INK, "square-open")
     mark(of_kind(events, "audit", equal=True), "audit: equal", None, GREEN, "circle-open")
     mark(of_kind(events, "audit", equal=False), "audit: NOT equal", None, RED, "star")
     mark(of_kind(events, "engine", what="dead"), "engine dead", None, RED, "x")
@@ -155,7 +155,8 @@ def timeline_chart(events: list[Event]) -> Chart:
             annotation={"text": f"attempt {number}", "font": {"color": MUTED}},
             annotation_position="bottom right",
         )
-    rows = [*reversed(engines), "weight log", "trainer"]
+    kept = ["checkpoints"] if of_kind(events, "checkpoint") else []
+    rows = [*reversed(engines), "weight log", *kept, "trainer"]
     styled(figure, 130 + 44 * len(rows))
     figure.update_yaxes(categoryorder="array", categoryarray=rows)
     figure.update_yaxes(range=[-0.85, len(rows) - 0.5])

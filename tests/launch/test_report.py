@@ -6,7 +6,7 @@ import re
 
 import plotly.graph_objects as go
 import pytest
-from gossamer.launch import charts, timeline
+from gossamer.launch import charts, gantt, timeline
 from gossamer.launch.quantities import (
     MISSING,
     format_bytes,
@@ -26,6 +26,7 @@ ALL = (
     timeline.timeline_chart,
     timeline.pause_chart,
     timeline.throughput_chart,
+    gantt.gantt_chart,
 )
 
 
@@ -90,7 +91,8 @@ def test_cards_say_what_the_summary_says(run_dir):
 def test_every_chart_is_drawn_with_a_title_on_every_axis(events):
     for chart in drawn(events):
         for axis in (*chart.figure.select_xaxes(), *chart.figure.select_yaxes()):
-            is_category = axis.categoryarray is not None or axis.autorange == "reversed"
+            is_named = axis.categoryarray is not None or axis.ticktext is not None
+            is_category = is_named or axis.autorange == "reversed"
             is_shared = axis.matches is not None and axis.showticklabels is False
             assert axis.title.text or is_category or is_shared, (chart.key, axis.plotly_name)
 
