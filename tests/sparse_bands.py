@@ -13,7 +13,7 @@ EXPERTS = {
     f"model.layers.{layer}.mlp.experts.{expert}.{projection}_proj.weight": shape
     for layer in range(2)
     for expert in range(3)
-    for projection, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96)))
+    for projection, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 128)))
 }
 ALONE = id
 """What a single rank sums with: anything that leaves the tensor as it is."""

@@ -74,10 +74,9 @@ def test_frames_of_structure_decay():
 def test_structure_decay_goes_through_its_frames():
     """Of 100 steps, dense up to 10, four frames of 20, 1:8 from 70 on."""
     steps = (0, 10, 30, 50, 70, 90)
-    shapes = {name: (rows, 128) for name, (rows, _) in EXPERTS.items()}
     plan = SparsityPlan(RECIPES["pgf_geometric"])
-    plan.begin(shapes, Horizon(100))
-    bands = make_bands(shapes)
+    plan.begin(EXPERTS, Horizon(100))
+    bands = make_bands(EXPERTS)
     for step, (n, m) in zip(
         steps, [(1, 1), (8, 64), (4, 32), (2, 16), (1, 8), (1, 8)], strict=True
     ):

@@ -15,7 +15,7 @@ from gossamer.trainer.sparsity.method import Horizon, Point
 from gossamer.trainer.sparsity.plan import SparsityPlan
 from gossamer.trainer.sparsity.recipes import RECIPES
 from gossamer.trainer.sparsity.selection import Piece, mask_hash, score_keys, select, uniform
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sparse_bands import ALONE, EXPERTS, as_ranks, make_bands
 
@@ -34,6 +34,7 @@ def stable_top(pool: list[list[int]], keep: int) -> list[list[bool]]:
     return [[(p, i) in best for i in range(len(piece))] for p, piece in enumerate(pool)]
 
 
+@settings(deadline=None, max_examples=60)
 @given(pools=POOLS, share=st.floats(0.0, 1.0), world=st.integers(1, 3), data=st.data())
 def test_it_is_the_stable_sort_however_pieces_are_dealt_out(pools, share, world, data):
     candidates = [sum(k >= 0 for piece in pool for k in piece) for pool in pools]
@@ -81,7 +82,6 @@ def test_random_scores_are_uniform_and_of_places_not_of_calls():
 
 PLANS = {
     "global with floor": DistributionConfig(kind="global", floor=0.2, ceiling=0.4),
-    "layer": DistributionConfig(kind="layer"),
     "erk": DistributionConfig(kind="erk"),
 }
 
@@ -98,20 +98,21 @@ def plan_of(name: str) -> SparsityPlan:
         rule = RuleConfig(schedule=schedule, distribution=distribution, pattern=pattern)
         config = SparsityConfig(rules=(rule,))
     plan = SparsityPlan(config)
-    plan.begin(EXPERTS, Horizon(1000))
+    plan.begin(SHAPES, Horizon(1000))
     return plan
 
 
-NAMES = [*PLANS, "blocks", "set", "rigl", "granet", "journey", "ste"]
+NAMES = [*PLANS, "blocks", "set", "granet"]
+SHAPES = {name: shape for name, shape in EXPERTS.items() if ".layers.0." in name}
 
 
 def masks_of(rank: int, world: int, reduce) -> dict[str, list[int]]:
     """Hash of this rank's masks after each of some updates, two words of 32 bits each."""
     hashes = {}
     for name in NAMES:
-        plan, bands = plan_of(name), make_bands(EXPERTS, rank=rank, world=world)
+        plan, bands = plan_of(name), make_bands(SHAPES, rank=rank, world=world)
         hashes[name] = []
-        for step in (0, 200, 300, 600):
+        for step in (0, 200, 300):
             for band, mask in zip(bands, plan.update(bands, Point(step), reduce), strict=True):
                 band.mask_RC = mask
             hashes[name].append(mask_hash(bands))
@@ -128,7 +129,7 @@ def on_a_rank() -> dict[str, list[str]]:
     return totals
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_gloo_ranks_come_to_the_masks_of_one_process(world):
     alone = masks_of(0, 1, ALONE)
     expected = {name: [f"{value:016x}" for value in values] for name, values in alone.items()}

@@ -339,6 +339,12 @@ class RuleConfig:
             "pattern.kind is n_m; expected schedule.kind static and distribution.kind uniform,"
             " for the pattern says how many are kept",
         )
+        n, m = self.pattern.n, self.pattern.m
+        _require(
+            self.pattern.kind != "n_m_floor" or self.schedule.density >= n / m,
+            f"schedule.density is {self.schedule.density} with pattern {n}:{m};"
+            f" expected at least {n / m:g}",
+        )
         floor, ceiling = self.distribution.floor, self.distribution.ceiling
         _require(
             is_nm or floor <= self.schedule.density <= ceiling,
