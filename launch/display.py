@@ -133,7 +133,9 @@ class RunState:
     def steps(self) -> tuple[int, int | None]:
         """Steps done in this phase, and how many it has at most (None: unknown)."""
         begun = self.step.get("phase") == self.phase != ""
-        done = self.step["step"] - self.first_step[self.phase] + 1 if begun else 0
+        counted = self.step["step"] - self.first_step[self.phase] + 1 if begun else 0
+        # a replica that joined began in the middle
+        done = self.step.get("phase_step", counted) if begun else 0
         return done, self.totals.get(self.phase)
 
     def elapsed_s(self, now_s: float) -> float | None:

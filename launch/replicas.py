@@ -95,6 +95,8 @@ class Member:
     """Where it runs: they hold for this start alone."""
     process: subprocess.Popen | None = None
     restarts: int = 0
+    started_s: float = 0.0
+    """Unix time of the last start."""
     restart_s: float = 0.0
     """When it is started again, on the monotonic clock."""
     state: str = "waiting"
@@ -121,7 +123,7 @@ class Member:
                 start_new_session=True,  # a terminal's Ctrl-C is passed on, once
                 preexec_fn=_stop_with_parent,
             )
-        self.state = "running"
+        self.state, self.started_s = "running", time.time()
 
     def last_words(self) -> str:
         """Why its process ended, in a sentence."""
@@ -277,3 +279,5 @@ def _stop_with_parent() -> None:
     """In the child: a parent that is killed takes its replicas along, as Ctrl-C would (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGINT)
+    # it may have been ignored where this run was begun in the background
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -46,7 +46,9 @@ def learning_chart(fleet: Fleet) -> Chart:
             figure.add_trace(held.update(mode="markers", marker={"symbol": "diamond", "size": 8}))
     figure.update_xaxes(title="inner step")
     figure.update_yaxes(title="cross-entropy (nats per token)")
-    note = "Each replica on its own documents; diamonds: on text that none is trained on."
+    note = "Each replica on its own documents."
+    if any(of_kind(events, "eval", name="text") for events in fleet.replicas.values()):
+        note += " Diamonds: on text that none is trained on."
     return Chart(key="learning", title="Loss", note=note, figure=styled(figure), wide=True)
 
 
@@ -85,7 +87,7 @@ def membership_chart(fleet: Fleet) -> Chart:
         colorbar={"tickvals": list(range(4)), "ticktext": list(FATES), "thickness": 12},
     )
     figure = styled(go.Figure(heat), height=90 + 34 * len(fleet.names), legend=False)
-    figure.update_xaxes(title="round")
+    figure.update_xaxes(title="round", tickformat="d", dtick=_tick(len(records)))
     figure.update_yaxes(autorange="reversed")
     note = "By the records: a message counts in its round, a round late, or not at all."
     return Chart(key="members", title=title, note=note, figure=figure, wide=True)
@@ -103,7 +105,7 @@ def message_chart(fleet: Fleet) -> Chart:
         x, y = [at for at, _ in own], [nbytes / 1e6 for _, nbytes in own]
         figure.add_trace(go.Bar(x=x, y=y, name=name, marker={"color": color_of(number)}))
     figure.update_layout(barmode="stack", bargap=0.15)
-    figure.update_xaxes(title="round")
+    figure.update_xaxes(title="round", tickformat="d", dtick=_tick(len(records)))
     figure.update_yaxes(title="messages that counted (MB)")
     each = mean([sum(part.nbytes for part in e.parts) for _, e in counted])
     note = f"Length of the frames as they lie in the store; {format_bytes(each)} a message."
@@ -135,7 +137,7 @@ def round_chart(events: list[Event]) -> Chart:
         x, y = column(rounds, "round"), column(rounds, field)
         figure.add_trace(go.Bar(x=x, y=y, name=name, marker={"color": color}))
     figure.update_layout(barmode="stack", bargap=0.1)
-    figure.update_xaxes(title="round")
+    figure.update_xaxes(title="round", tickformat="d", dtick=_tick(len(rounds)))
     figure.update_yaxes(title="seconds")
     sent = sum(e["wire_bytes_sent"] for e in rounds)
     read = sum(e["wire_bytes_read"] for e in rounds)
@@ -172,4 +174,10 @@ def life_chart(fleet: Fleet) -> Chart:
     figure.update_yaxes(autorange="reversed")
     note = f"Over {format_duration(end_s - zero_s)}; a cross is a death, and why is under it."
     height = 100 + 34 * len({e["replica"] for e in told})
-    return Chart(key="lives", title=title, note=note, figure=styled(figure, height, legend=False))
+    return Chart(
+        key="lives", title=title, note=note, figure=styled(figure, height, False), wide=True
+    )
+
+
+def _tick(rounds: int) -> int:
+    return max(1, rounds // 10)

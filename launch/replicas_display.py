@@ -39,6 +39,8 @@ class Shown(Protocol):
     run_dir: Path
     state: str
     restarts: int
+    started_s: float
+    """Unix time."""
 
 
 class RoundTail:
@@ -66,20 +68,23 @@ class ReplicaRow:
     def __init__(self, replica: Shown) -> None:
         self.replica = replica
         self.run, self.round, self.sent_bytes = RunState(), {}, 0  # type: RunState, Event, int
-        self._tail = EventTail(replica.run_dir)
+        self._tail, self._trained_s = EventTail(replica.run_dir), 0.0
 
     def read(self) -> None:
         for event in self._tail.read():
             self.run.take(event)
+            if event["event"] == "train_step":
+                self._trained_s = event["time_s"]
             if event["event"] == "outer_round":
                 self.round = event
                 self.sent_bytes += event.get("wire_bytes_sent", 0)
 
     @property
     def state(self) -> str:
-        if self.replica.state == "running" and not self.run.step:
-            return "starting"
-        return "died, starts again" if self.replica.state == "waiting" else self.replica.state
+        if self.replica.state == "running" and self._trained_s < self.replica.started_s:
+            return "starting again" if self.replica.restarts else "starting"
+        died = self.replica.state == "waiting" and self.replica.restarts
+        return "died" if died else self.replica.state
 
     def cells(self) -> list[str]:
         done, total = self.run.steps
@@ -88,9 +93,9 @@ class ReplicaRow:
         return [
             self.replica.name,
             self.state,
-            f"{self.run.phase} {done:,}" + (f" of {total:,}" if total else ""),
-            format_number(step.get("loss")),
-            format_count(step.get("tokens_per_s")),
+            f"{self.run.phase} {done:,}" + (f" of {total:,}" if total else "") if step else "",
+            format_number(step["loss"]) if step else "",
+            format_count(step.get("tokens_per_s")) if step else "",
             str(last["round"]) if last else "",
             format_bytes(self.sent_bytes) if self.sent_bytes else "",
             format_percent(busy) if busy is not None else "",
@@ -157,8 +162,7 @@ class FleetDisplay:
         told = [self._clock(), self.round_line()]
         for row in self._rows:
             name, state, step, loss, *_ = row.cells()
-            running = row.replica.state == "running" and row.run.step
-            told.append(f"{name} {step} loss {loss}" if running else f"{name} {state}")
+            told.append(f"{name} {step} loss {loss}" if state == "running" else f"{name} {state}")
         return "  ".join(filter(None, told))
 
     def round_line(self) -> str:
@@ -184,7 +188,7 @@ class FleetDisplay:
         for head in HEADS:
             table.add_column(head, no_wrap=True, justify="left" if head in HEADS[:3] else "right")
         for row in self._rows:
-            bad = "bold red" if row.replica.state in ("waiting", "lost") and row.run.step else ""
+            bad = "bold red" if row.state in ("died", "starting again", "lost") else ""
             table.add_row(*(Text(cell, bad) for cell in row.cells()))
         below = [Text(self.round_line()), *(Text(hint, "dim") for hint in self._hints)]
         below += [Text(news, "red") for news in self._news[-NEWS_LINES:]]
@@ -199,7 +203,7 @@ class FleetDisplay:
             self._print(news)
 
     def _clock(self) -> str:
-        return f"[{format_duration(time.monotonic() - self._started_s)}]"
+        return f"[{format_duration(round(time.monotonic() - self._started_s))}]"
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
