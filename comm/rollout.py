@@ -7,6 +7,7 @@ alone, so that the same requests on the same weights give the same samples on an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,14 +51,20 @@ class Sample:
     """log-probability of each token under the weights (and temperature) that sampled it."""
     spans: tuple[VersionSpan, ...]
     finished: bool
-    """False when max_new_tokens cut the completion."""
+    """False when max_new_tokens, or whoever interrupted the engine, cut the completion."""
 
 
 class RolloutEngine(Protocol):
     """An inference engine that follows a weight log."""
 
-    def generate(self, requests: list[Request]) -> list[Sample]:
-        """Samples one completion per request, in the order of the requests."""
+    def generate(
+        self, requests: list[Request], is_cut: Callable[[], bool] | None = None
+    ) -> list[Sample]:
+        """Samples one completion per request, in the order of the requests.
+
+        Stops before the next step once `is_cut()`: samples are then as they are, shorter than they
+        were to be or without any token.
+        """
         ...
 
     def stage(self, version: int) -> None:

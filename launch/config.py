@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from gossamer.trainer.config import TrainConfig
 
+ON_NEW_VERSION = ("keep", "wait", "recompute", "abort")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
@@ -20,15 +22,36 @@ class RolloutConfig:
     """CPUs that Ray reserves for an engine."""
     max_replacements: int = 20
     """Engines that may be replaced before the pool gives up."""
+    prompt_retries: int = 0
+    """How often a prompt is tried again, alone, after the engine that had it raised an error or
+    died, before it is left out of its step. 0: an error ends the run, deaths are not counted."""
+    on_new_version: str = "keep"
+    """What a new version does to the unit an engine is sampling. keep: it is taken between two
+    tokens; wait: after the unit; recompute: the tokens so far are kept and the rest is sampled
+    with keys and values computed anew; abort: the whole unit is sampled again."""
+    max_cuts: int = 3
+    """How often recompute or abort may stop one unit; after that versions wait for it."""
+    max_waiting_samples: int | None = None
+    """Engines stop once so many samples are ready that the trainer has not asked for, until it
+    does. None: max_staleness + 1 batches are the bound."""
 
     def __post_init__(self) -> None:
         if self.engines < 1:
             raise ValueError(f"rollout.engines is {self.engines}; expected at least 1")
         if self.num_cpus < 0:
             raise ValueError(f"rollout.num_cpus is {self.num_cpus}; expected 0 or more")
-        if self.max_replacements < 0:
+        for name in ("max_replacements", "prompt_retries", "max_cuts"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"rollout.{name} is {value}; expected 0 or more")
+        if self.on_new_version not in ON_NEW_VERSION:
             raise ValueError(
-                f"rollout.max_replacements is {self.max_replacements}; expected 0 or more"
+                f"rollout.on_new_version is {self.on_new_version}; expected one of {ON_NEW_VERSION}"
+            )
+        if self.max_waiting_samples is not None and self.max_waiting_samples < 1:
+            raise ValueError(
+                f"rollout.max_waiting_samples is {self.max_waiting_samples}; expected 1 or more, or"
+                " null"
             )
 
 

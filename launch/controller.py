@@ -158,8 +158,9 @@ def _run_on_ray(
 ) -> None:
     import ray
     from gossamer.launch.cluster import connect
+    from gossamer.launch.engine_actor import write_pid
     from gossamer.launch.replica import Replica
-    from gossamer.launch.rollout_pool import RolloutPool, write_pid
+    from gossamer.launch.rollout_pool import RolloutPool
     from gossamer.trainer.session import RunPlace
 
     write_pid(run_dir, "driver")

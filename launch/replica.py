@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from gossamer.launch.config import ClusterConfig
-from gossamer.launch.rollout_pool import write_pid
+from gossamer.launch.engine_actor import write_pid
 from gossamer.trainer.config import TrainConfig
 
 

@@ -3,112 +3,33 @@
 The one idea: a unit (a fixed list of requests) is run whole by one engine, and running it again
 gives the same samples; so a dead engine costs nothing but time: its unit goes back to the front of
 the queue and a new engine catches up from the log before it is given anything. What running again
-would not mend (an engine that cannot be built, or that refuses a unit) ends the run.
+would not mend (an engine that cannot be built, or that refuses a unit) ends the run, unless prompts
+may be given up: then the unit is taken apart, and the prompt that is to blame is left out.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import ray
 from gossamer.comm.rollout import Request, Sample
 from gossamer.launch.config import RolloutConfig
+from gossamer.launch.engine_actor import EngineActor
 from gossamer.trainer.metrics import EventLog
-from gossamer.trainer.prepare import LOG_FOLDER
 
 
-def write_pid(run_dir: Path, role: str) -> None:
-    """Leaves this process's id in RUN_DIR/pids/ROLE, for whoever has to find it."""
-    folder = run_dir / "pids"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / role).write_text(str(os.getpid()))
-
-
-class EngineActor:
-    """One rollout engine; a thread follows the log while another samples."""
-
-    def __init__(self, name: str, run_dir: str, rollout: RolloutConfig, model: dict) -> None:
-        import torch
-        from gossamer.comm.log import WeightLog
-        from gossamer.comm.rollout import ROLLOUT_ENGINES
-        from gossamer.trainer.import_path import resolve
-
-        torch.set_num_threads(1)
-        write_pid(Path(run_dir), name)
-        self._events, self._name = EventLog(Path(run_dir)), name
-        self._log = WeightLog.open(Path(run_dir) / LOG_FOLDER)
-        self._version: int | None = None
-        build = resolve(rollout.engine, ROLLOUT_ENGINES, "rollout.engine")
-        ids = {"pad_id": model["pad_token_id"], "eos_id": model["eos_token_id"]}
-        self._engine = build(model, self._log, **ids)
-        self._moving = threading.Lock()
-        threading.Thread(target=self._follow_for_ever, daemon=True).start()
-
-    def run(self, requests: list[Request], oldest_version: int) -> list[Sample]:
-        """Samples a unit at `oldest_version` or newer."""
-        while self._version is None or self._version < oldest_version:
-            if not self._follow():
-                time.sleep(0.01)
-        start_s = time.perf_counter()
-        samples = self._engine.generate(requests)
-        self._event(
-            "generate",
-            samples=len(samples),
-            tokens=sum(len(sample.token_ids) for sample in samples),
-            generate_s=time.perf_counter() - start_s,
-        )
-        return samples
-
-    def audit(self, version: int) -> str:
-        """State hash of the live weights once they are at `version`."""
-        while self._version != version:
-            if not self._follow():
-                time.sleep(0.01)
-        return self._engine.audit()
-
-    def _follow_for_ever(self) -> None:
-        while True:
-            if not self._follow():
-                time.sleep(0.02)
-
-    def _follow(self) -> bool:
-        """Stages and commits the next version; False when there is none."""
-        with self._moving:
-            version = self._log.next_version(self._version)
-            if version is None:
-                return False
-            start_s = time.perf_counter()
-            hop, manifest = self._log.hop(self._version, version), self._log.manifest(version)
-            self._engine.stage(version)
-            stage_s = time.perf_counter() - start_s
-            committed = self._engine.commit()
-            self._version = version
-            self._event(
-                "commit",
-                bytes=hop.nbytes if hop else 0,
-                density=manifest.num_changed / manifest.num_elements,
-                stage_s=stage_s,
-                pause_s=committed.pause_s,
-            )
-            return True
-
-    def _event(self, what: str, **fields: Any) -> None:  # noqa: ANN401
-        named = {"engine": self._name, "what": what, "version": self._version}
-        self._events.write("engine", {**named, **fields})
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Unit:
     batch: str
-    index: int
     requests: list[Request]
     oldest_version: int
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -119,8 +40,13 @@ class _Engine:
 
 @dataclass(slots=True)
 class _Batch:
-    num_units: int
-    done: dict[int, list[Sample]] = field(default_factory=dict)
+    order: list[str]
+    """Of its requests."""
+    waited_for: int
+    """Requests that are neither sampled nor given up."""
+    is_wanted: bool = False
+    """The trainer waits for it."""
+    samples: dict[str, Sample] = field(default_factory=dict)
 
 
 class RolloutPool:
@@ -141,21 +67,22 @@ class RolloutPool:
     def submit(self, batch: str, units: list[list[Request]], oldest_version: int) -> None:
         """See RolloutSource."""
         with self._changed:
-            self._batches[batch] = _Batch(num_units=len(units))
-            self._queue.extend(
-                _Unit(batch, index, requests, oldest_version)
-                for index, requests in enumerate(units)
-            )
+            order = [request.request_id for requests in units for request in requests]
+            self._batches[batch] = _Batch(order=order, waited_for=len(order))
+            self._queue.extend(_Unit(batch, requests, oldest_version) for requests in units)
             self._changed.notify_all()
 
     def collect(self, batch: str) -> list[Sample]:
         """See RolloutSource. Raises RuntimeError once the pool has given up."""
         with self._changed:
             wanted = self._batches[batch]
-            self._changed.wait_for(lambda: self._failure or len(wanted.done) == wanted.num_units)
+            wanted.is_wanted = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._failure or not wanted.waited_for)
             self._raise_failure()
             del self._batches[batch]
-        return [sample for index in sorted(wanted.done) for sample in wanted.done[index]]
+            self._changed.notify_all()
+        return [wanted.samples[name] for name in wanted.order if name in wanted.samples]
 
     def audit(self, version: int) -> dict[str, str]:
         """See RolloutSource. An engine that dies meanwhile is replaced and asked again."""
@@ -207,25 +134,69 @@ class RolloutPool:
         unit: _Unit | None = None
         try:
             ray.get(engine.actor.__ray_ready__.remote())
-            while (unit := self._next_unit()) is not None:
-                samples = ray.get(engine.actor.run.remote(unit.requests, unit.oldest_version))
-                with self._changed:
-                    self._batches[unit.batch].done[unit.index] = samples
-                    self._changed.notify_all()
+            while (unit := self._next_unit(engine)) is not None:
+                try:
+                    samples = ray.get(engine.actor.run.remote(unit.requests, unit.oldest_version))
+                except ray.exceptions.RayTaskError as error:
+                    if not self._rollout.prompt_retries:
+                        raise
+                    self._try_again(engine, unit, str(error.cause))
+                else:
+                    self._take(unit.batch, samples, len(unit.requests))
         except ray.exceptions.RayTaskError:
             raise
         except ray.exceptions.RayError as error:
-            with self._changed:
-                if unit is not None:
-                    self._queue.appendleft(unit)
-                    self._changed.notify_all()
+            if unit is not None:
+                self._try_again(engine, unit, "the engine died")
             self._replace(engine, error)
 
-    def _next_unit(self) -> _Unit | None:
-        """Waits for a unit; None once the pool has given up."""
+    def _take(self, batch: str, samples: list[Sample], num_requests: int) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._failure)
-            return None if self._failure else self._queue.popleft()
+            self._batches[batch].samples |= {sample.request_id: sample for sample in samples}
+            self._batches[batch].waited_for -= num_requests
+            self._changed.notify_all()
+
+    def _try_again(self, engine: _Engine, unit: _Unit, reason: str) -> None:
+        """Puts a failed unit back: as it is, or its prompts alone, or not those that failed often.
+
+        The prompts of a unit that failed as a whole are told apart by running each alone.
+        """
+        retries = self._rollout.prompt_retries
+        prompts = [unit.requests]
+        if retries:
+            prompts = [list(each) for _, each in groupby(unit.requests, lambda r: r.prompt_ids)]
+            if unit.failures >= retries and len(prompts) == 1:
+                told = {"what": "prompt_lost", "version": None, "reason": reason}
+                request_id = unit.requests[0].request_id
+                self._events.write("engine", {"engine": engine.name, "request": request_id, **told})
+                return self._take(unit.batch, [], len(unit.requests))
+        failures = unit.failures + bool(retries)
+        again = [_Unit(unit.batch, each, unit.oldest_version, failures) for each in prompts]
+        with self._changed:
+            self._queue.extendleft(reversed(again))
+            self._changed.notify_all()
+
+    def _next_unit(self, engine: _Engine) -> _Unit | None:
+        """Waits for a unit; None once the pool has given up."""
+        start_s = time.perf_counter()
+        with self._changed:
+            is_held = bool(self._queue) and self._first() is None
+            self._changed.wait_for(lambda: self._failure or self._first() is not None)
+            unit = None if self._failure else self._first()
+            if unit is not None:
+                self._queue.remove(unit)
+        if is_held:
+            told = {"what": "held", "version": None, "held_s": time.perf_counter() - start_s}
+            self._events.write("engine", {"engine": engine.name, **told})
+        return unit
+
+    def _first(self) -> _Unit | None:
+        """The first unit that is not held back: one that the trainer waits for never is."""
+        most = self._rollout.max_waiting_samples
+        unasked = (len(b.samples) for b in self._batches.values() if not b.is_wanted)
+        is_full = most is not None and sum(unasked) >= most
+        units = (u for u in self._queue if not is_full or self._batches[u.batch].is_wanted)
+        return next(units, None)
 
     def _replace(self, engine: _Engine, error: ray.exceptions.RayError) -> None:
         """Starts an engine in the place of a dead one, unless somebody did or there were enough."""

@@ -13,7 +13,7 @@ between calls of generate.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import chain, groupby
@@ -112,8 +112,10 @@ class HFEngine:
         del self._model, self._live, self._subscriber, self._staged
 
     @torch.inference_mode()
-    def generate(self, requests: list[Request]) -> list[Sample]:
-        """Samples `requests` as one batch, one completion each, in their order.
+    def generate(
+        self, requests: list[Request], is_cut: Callable[[], bool] | None = None
+    ) -> list[Sample]:
+        """Samples `requests` as one batch, one completion each, in their order; see RolloutEngine.
 
         Raises RuntimeError before the first commit, ValueError for a request that cannot be run.
         """
@@ -134,7 +136,7 @@ class HFEngine:
         running_B = torch.arange(len(requests))
         ids_BP, mask_BP = left_padded(list(prompts), self._pad_id)
         cache = DynamicCache(config=self._model.config)
-        while len(running_B):
+        while len(running_B) and not (is_cut is not None and is_cut()):
             step = len(versions)
             with self._turn():
                 version = self._live.version
@@ -164,7 +166,7 @@ class HFEngine:
                 token_ids=tuple(tokens[:length]),
                 logprobs=tuple(logprobs[:length]),
                 spans=version_spans(versions[:length]),
-                finished=tokens[length - 1] == self._eos_id,
+                finished=length > 0 and tokens[length - 1] == self._eos_id,
             )
             for request, tokens, logprobs, length in zip(
                 requests, token_BN.tolist(), logprob_BN.tolist(), length_B.tolist(), strict=True

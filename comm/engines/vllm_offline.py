@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 from itertools import count
@@ -154,9 +154,12 @@ class VLLMEngine:
         self._engine.engine_core.shutdown()
         del self._engine
 
-    def generate(self, requests: list[Request]) -> list[Sample]:
-        """Samples one completion per request, in their order.
+    def generate(
+        self, requests: list[Request], is_cut: Callable[[], bool] | None = None
+    ) -> list[Sample]:
+        """Samples one completion per request, in their order; see RolloutEngine.
 
+        Of a request that is cut nothing is kept, for vLLM says its versions at the end.
         Raises RuntimeError before the first commit, ValueError for a request that cannot be run.
         """
         if self._version is None:
@@ -168,7 +171,7 @@ class VLLMEngine:
                 for name, request in zip(ids, requests, strict=True):
                     prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids))
                     self._engine.add_request(name, prompt, _sampling(request, self._eos_id))
-            while len(finished) < len(requests):
+            while len(finished) < len(requests) and not (is_cut is not None and is_cut()):
                 with self._turn():
                     for each in self._engine.step():
                         if isinstance(each, RequestOutput) and each.finished:
@@ -177,7 +180,7 @@ class VLLMEngine:
             with self._turn():
                 self._engine.abort_request([name for name in ids if name not in finished])
         return [
-            _sample_of(request, finished[name], self._eos_id)
+            _sample_of(request, finished.get(name), self._eos_id)
             for name, request in zip(ids, requests, strict=True)
         ]
 
@@ -214,7 +217,10 @@ def _sampling(request: Request, eos_id: int) -> SamplingParams:
     )
 
 
-def _sample_of(request: Request, output: CompletionOutput, eos_id: int) -> Sample:
+def _sample_of(request: Request, output: CompletionOutput | None, eos_id: int) -> Sample:
+    if output is None:
+        name = request.request_id
+        return Sample(request_id=name, token_ids=(), logprobs=(), spans=(), finished=False)
     tokens = tuple(output.token_ids)
     assert output.logprobs is not None and output.weight_versions is not None  # asked for
     return Sample(

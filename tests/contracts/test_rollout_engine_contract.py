@@ -134,6 +134,22 @@ def test_samples_are_a_function_of_weights_and_requests(build, log):
     assert [s.token_ids for s in other] != [s.token_ids for s in fresh.generate(unit())]
 
 
+def test_a_cut_ends_the_samples_where_they_are(build, log):
+    engine = build()
+    follow(engine, versions(log)[0])
+    requests, steps = unit(max_new_tokens=12), iter(range(100))
+    whole = engine.generate(requests)
+    cut = engine.generate(requests, lambda: next(steps) == 4)
+    assert [s.request_id for s in cut] == [r.request_id for r in requests]
+    for sample, all_of_it in zip(cut, whole, strict=True):
+        length = len(sample.token_ids)
+        assert sample.token_ids == all_of_it.token_ids[:length] and length <= 4
+        assert len(sample.logprobs) == length == sum(s.stop - s.start for s in sample.spans)
+        assert sample.finished == (length > 0 and sample.token_ids[-1] == EOS)
+    assert all(not s.token_ids for s in engine.generate(requests, lambda: True))
+    assert engine.generate(requests) == whole
+
+
 def test_temperature_zero_ignores_the_key(build, log):
     engine = build()
     follow(engine, versions(log)[0])

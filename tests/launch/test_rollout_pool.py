@@ -30,7 +30,7 @@ class FailingEngine:
             raise ValueError("model.broken is set; expected a sound model")
         self._log, self._die_in_audit = log, "mortal" in model
 
-    def generate(self, requests: list[Request]) -> list[Sample]:
+    def generate(self, requests: list[Request], is_cut=None) -> list[Sample]:
         for number in (request.prompt_ids[0] for request in requests):
             marker = Path(self._log.url, f"died-{number}")
             if number == 1 or (number == 2 and not marker.exists()):
@@ -76,12 +76,13 @@ def build_pool(cluster, tmp_path):
     rows = [Rows("a", (4,), 0, torch.zeros(4, dtype=torch.bfloat16))]
     Publisher(log, 0, 1, log.claim_epoch(), LogConfig()).publish(rows, 0)
 
-    def build(engines: int, max_replacements: int, **model) -> RolloutPool:
+    def build(engines: int, max_replacements: int, options=None, **model) -> RolloutPool:
         rollout = RolloutConfig(
             engine="test_rollout_pool:FailingEngine",
             engines=engines,
             num_cpus=0,
             max_replacements=max_replacements,
+            **(options or {}),
         )
         return RolloutPool(str(tmp_path), rollout, {**MODEL, **model})
 
@@ -119,6 +120,41 @@ def test_a_pool_that_cannot_go_on_says_why(build_pool, prompt, model, sentence):
     for wait in (pool.watch, lambda: pool.collect("batch"), lambda: pool.audit(0)):
         with pytest.raises(RuntimeError, match=sentence):
             wait()
+
+
+@pytest.mark.parametrize(
+    ("poison", "reason"),
+    [(3, "logits are not finite"), pytest.param(1, "died", marks=pytest.mark.slow)],
+)
+def test_a_prompt_that_fails_again_and_again_is_left_out(build_pool, tmp_path, poison, reason):
+    pool = build_pool(1, 5, {"prompt_retries": 2})
+    pool.submit("batch", [requests(10, poison, 11), requests(12)], 0)
+    assert [sample.request_id for sample in pool.collect("batch")] == ["r10", "r11", "r12"]
+    (lost,) = [e for e in events(tmp_path, "engine") if e["what"] == "prompt_lost"]
+    assert lost["request"] == f"r{poison}" and reason in lost["reason"]
+    pool.submit("next", [requests(13)], 0)
+    assert len(pool.collect("next")) == 1
+
+
+def test_engines_stop_when_the_trainer_does_not_ask(build_pool, tmp_path):
+    pool = build_pool(2, 0, {"max_waiting_samples": 2})
+    batches = {f"batch-{b}": [requests(100 * b + u) for u in range(10, 14)] for b in range(3)}
+    for name, units in batches.items():
+        pool.submit(name, units, 0)
+
+    def sampled() -> int:
+        return [e["what"] for e in events(tmp_path, "engine")].count("generate")
+
+    settled = time.monotonic() + 20
+    while sampled() < 2 and time.monotonic() < settled:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    assert 2 <= sampled() <= 3  # an engine was busy when the bound was met
+    # whatever is asked for is sampled, the last first, and what is held back makes room for it
+    for name in reversed(batches):
+        assert len(pool.collect(name)) == 4
+    assert sampled() == 12
+    assert any(e["what"] == "held" and e["held_s"] > 0.3 for e in events(tmp_path, "engine"))
 
 
 def test_an_audit_of_engines_that_always_die_ends(build_pool):

@@ -1,0 +1,176 @@
+"""A rollout engine as a Ray actor: one thread follows the log while another samples.
+
+The one idea: what a new version does to the samples in the making is a choice, and it is made here,
+by when the engine is told to stop and when it is told to commit; so it is the same for any engine.
+A unit that is aborted is sampled again as a whole: were its finished samples kept, short answers
+would be favoured.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gossamer.comm.rollout import Request, Sample, VersionSpan
+from gossamer.launch.config import RolloutConfig
+from gossamer.trainer.metrics import EventLog
+from gossamer.trainer.prepare import LOG_FOLDER
+
+
+def write_pid(run_dir: Path, role: str) -> None:
+    """Leaves this process's id in RUN_DIR/pids/ROLE, for whoever has to find it."""
+    folder = run_dir / "pids"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / role).write_text(str(os.getpid()))
+
+
+class EngineActor:
+    """One rollout engine."""
+
+    def __init__(self, name: str, run_dir: str, rollout: RolloutConfig, model: dict) -> None:
+        import torch
+        from gossamer.comm.log import WeightLog
+        from gossamer.comm.rollout import ROLLOUT_ENGINES
+        from gossamer.trainer.import_path import resolve
+
+        torch.set_num_threads(1)
+        write_pid(Path(run_dir), name)
+        self._events, self._name, self._rollout = EventLog(Path(run_dir)), name, rollout
+        self._log = WeightLog.open(Path(run_dir) / LOG_FOLDER)
+        self._version: int | None = None
+        build = resolve(rollout.engine, ROLLOUT_ENGINES, "rollout.engine")
+        ids = {"pad_id": model["pad_token_id"], "eos_id": model["eos_token_id"]}
+        self._engine = build(model, self._log, **ids)
+        self._moving, self._sampling = threading.Lock(), threading.Lock()
+        self._is_wanted, self._is_over = threading.Event(), threading.Event()
+        self._is_over.set()
+        threading.Thread(target=self._follow_for_ever, daemon=True).start()
+
+    def run(self, requests: list[Request], oldest_version: int) -> list[Sample]:
+        """Samples a unit at `oldest_version` or newer."""
+        while self._version is None or self._version < oldest_version:
+            if not self._follow():
+                time.sleep(0.01)
+        start_s = time.perf_counter()
+        samples, cuts, dropped = self._generate(requests)
+        self._event(
+            "generate",
+            samples=len(samples),
+            tokens=sum(len(sample.token_ids) for sample in samples),
+            generate_s=time.perf_counter() - start_s,
+            cuts=cuts,
+            dropped_tokens=dropped,
+        )
+        return samples
+
+    def _generate(self, requests: list[Request]) -> tuple[list[Sample], int, int]:
+        """(samples, how often a version stopped them, tokens thrown away)."""
+        mode, cuts, dropped = self._rollout.on_new_version, 0, 0
+        if mode == "keep":
+            return self._engine.generate(requests), 0, 0
+        so_far: dict[str, Sample] = {}
+        left = requests
+        while left:
+            self._is_over.wait()  # a version that stopped us goes first
+            is_cuttable = mode != "wait" and cuts < self._rollout.max_cuts
+            is_cut = (self._is_wanted.is_set,) if is_cuttable else ()
+            with self._sampling:
+                for sample in self._engine.generate(left, *is_cut):
+                    so_far[sample.request_id] = joined(so_far.get(sample.request_id), sample)
+            if not is_cut:
+                break
+            left = [request for request in requests if not _is_whole(request, so_far)]
+            cuts += bool(left)
+            if left and mode == "abort":
+                dropped += sum(len(sample.token_ids) for sample in so_far.values())
+                left, so_far = requests, {}
+            left = [_rest(request, so_far.get(request.request_id)) for request in left]
+        return [so_far[request.request_id] for request in requests], cuts, dropped
+
+    def audit(self, version: int) -> str:
+        """State hash of the live weights once they are at `version`."""
+        while self._version != version:
+            if not self._follow():
+                time.sleep(0.01)
+        return self._engine.audit()
+
+    def _follow_for_ever(self) -> None:
+        while True:
+            if not self._follow():
+                time.sleep(0.02)
+
+    def _follow(self) -> bool:
+        """Stages and commits the next version; False when there is none."""
+        with self._moving:
+            version = self._log.next_version(self._version)
+            if version is None:
+                return False
+            start_s = time.perf_counter()
+            hop, manifest = self._log.hop(self._version, version), self._log.manifest(version)
+            self._engine.stage(version)
+            stage_s = time.perf_counter() - start_s
+            self._is_over.clear()
+            self._is_wanted.set()
+            keeps = self._rollout.on_new_version == "keep"
+            try:
+                with nullcontext() if keeps else self._sampling:
+                    committed = self._engine.commit()
+                    self._version = version
+            finally:
+                self._is_wanted.clear()
+                self._is_over.set()
+            self._event(
+                "commit",
+                bytes=hop.nbytes if hop else 0,
+                density=manifest.num_changed / manifest.num_elements,
+                stage_s=stage_s,
+                pause_s=committed.pause_s,
+            )
+            return True
+
+    def _event(self, what: str, **fields: Any) -> None:  # noqa: ANN401
+        named = {"engine": self._name, "what": what, "version": self._version}
+        self._events.write("engine", {**named, **fields})
+
+
+def joined(first: Sample | None, rest: Sample) -> Sample:
+    """One completion of two pieces."""
+    if first is None:
+        return rest
+    at = len(first.token_ids)
+    spans = list(first.spans)
+    for span in rest.spans:
+        moved = VersionSpan(start=span.start + at, stop=span.stop + at, version=span.version)
+        if spans and spans[-1].version == moved.version:
+            moved = replace(moved, start=spans.pop().start)
+        spans.append(moved)
+    return Sample(
+        request_id=first.request_id,
+        token_ids=first.token_ids + rest.token_ids,
+        logprobs=first.logprobs + rest.logprobs,
+        spans=tuple(spans),
+        finished=rest.finished,
+    )
+
+
+def _is_whole(request: Request, so_far: dict[str, Sample]) -> bool:
+    sample = so_far[request.request_id]
+    return sample.finished or len(sample.token_ids) == request.max_new_tokens
+
+
+def _rest(request: Request, sample: Sample | None) -> Request:
+    """What is left to be sampled of a request; its randomness goes on under a key of its own."""
+    if sample is None or not sample.token_ids:
+        return request
+    done = len(sample.token_ids)
+    return replace(
+        request,
+        prompt_ids=request.prompt_ids + sample.token_ids,
+        max_new_tokens=request.max_new_tokens - done,
+        key=(*request.key, done),
+    )
