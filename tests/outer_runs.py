@@ -14,8 +14,9 @@ import tempfile
 import time
 import traceback
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tiny_run import SETTINGS, events
 
@@ -28,8 +29,9 @@ def settings(replica: str, index: int, num_replicas: int, rounds: Path | str, **
     config = deepcopy(SETTINGS)
     config["phases"] = [{"name": "text", "kind": "next_token", "max_steps": STEPS, "lr": 0.01}]
     config["parallel"] = {"expert": 1, "zero_stage": 0}
+    del config["task"], config["rl"]
     config["checkpoint"]["every_steps"] = 3
-    config["data"] |= {"replica_index": index, "num_replicas": num_replicas}
+    config["data"] |= {"task_share": 0.0, "replica_index": index, "num_replicas": num_replicas}
     config["outer"] = {
         "url": str(rounds),
         "replica": replica,
@@ -48,35 +50,67 @@ def settings(replica: str, index: int, num_replicas: int, rounds: Path | str, **
 
 @dataclass
 class Fault:
-    """SIGKILL (or what `act` names) around a put to the store whose name `pattern` fits, or after
-    an update."""
+    """What a rank does to itself, or to what it sends; without more, SIGKILL."""
 
     pattern: str = ""
+    """Of a file that it puts."""
     when: str = "before"
-    """before, after"""
+    """before or after that."""
     after_update: int = 0
-    poison: str = ""
-    """nan, garbage or norm: what is sent instead of a message that `pattern` fits."""
-    sleep_s: float = field(default=0.0)
+    after_settle: int = -1
+    """The round that is settled, and not applied yet."""
+    garbage: bool = False
+    """That file is garbage instead."""
+    sleep_s: float = 0.0
+    """It sleeps instead."""
+    at_round: int = -1
+    scale: float = 1.0
+    """What it trained in that round is so many times as much, or NaN."""
 
 
-def _arm(store: object, fault: Fault) -> None:
-    put = store.put  # type: ignore[attr-defined]
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def faulty(name: str, data: bytes, overwrite: bool = False) -> bool:
-        hit = re.fullmatch(fault.pattern, name)
-        if hit and fault.poison:
-            data = b"garbage" * 100
-        elif hit and fault.sleep_s:
+
+def _arm(session: Any, fault: Fault) -> None:  # noqa: ANN401
+    """Makes it happen."""
+    outer = session._outer
+    store, exchange, update = outer._link.meter, outer._link.exchange, session.update
+    put, settle, rows = store.put, exchange.settle, outer._rows
+
+    def faulty_put(name: str, data: bytes, overwrite: bool = False) -> bool:
+        hit = bool(fault.pattern and re.fullmatch(fault.pattern, name))
+        if hit and fault.sleep_s:
             time.sleep(fault.sleep_s)
-        elif hit and fault.when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        created = put(name, data, overwrite)
-        if hit and fault.when == "after" and not fault.poison:
-            os.kill(os.getpid(), signal.SIGKILL)
+        elif hit and not fault.garbage and fault.when == "before":
+            _die()
+        created = put(name, b"garbage" * 100 if hit and fault.garbage else data, overwrite)
+        if hit and not fault.garbage and fault.when == "after":
+            _die()
         return created
 
-    store.put = faulty  # type: ignore[attr-defined]
+    def faulty_settle(number: int) -> Any:  # noqa: ANN401
+        settled = settle(number)
+        if number == fault.after_settle:
+            _die()
+        return settled
+
+    def faulty_update(phase: Any) -> Any:  # noqa: ANN401
+        result = update(phase)
+        if session.progress.step == fault.after_update:
+            _die()
+        return result
+
+    def faulty_rows() -> Any:  # noqa: ANN401
+        for each in rows():
+            if outer.replica.number == fault.at_round:
+                shared = outer.replica.rows[each.name, each.row_start].values
+                moved = shared + fault.scale * (each.values - shared)
+                each = replace(each, values=moved)  # noqa: PLW2901
+            yield each
+
+    store.put, exchange.settle, session.update = faulty_put, faulty_settle, faulty_update
+    outer._rows = faulty_rows
 
 
 def run_replica(run_dir: str, config: dict, attempt: int, fault: Fault | None) -> None:
@@ -91,18 +125,8 @@ def run_replica(run_dir: str, config: dict, attempt: int, fault: Fault | None) -
     newest = newest_checkpoint(folder, built.checkpoint.url)
     place = RunPlace(run_dir=folder, name="test", attempt=attempt, resume_from=newest)
     session = Session(built, place, None, on_checkpoint=lambda step: None)
-    if fault is not None and fault.pattern:
-        _arm(session._outer._link.meter, fault)
-    if fault is not None and fault.after_update:
-        update = session.update
-
-        def update_and_die(phase):
-            result = update(phase)
-            if session.progress.step == fault.after_update:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        session.update = update_and_die
+    if fault is not None:
+        _arm(session, fault)
     train(session)
 
 
