@@ -27,6 +27,7 @@ def export_run(config: RunConfig, run_dir: Path, out: Path, step: int | None = N
     from gossamer.trainer.hf_folder import write_shards
     from gossamer.trainer.model import hf_config, write_config
     from gossamer.trainer.prepare import load_run_tokenizer
+    from gossamer.trainer.sparsity.export import SparseCheckpoint
 
     checkpoint = _open_whole(config.train.checkpoint.url, run_dir, step)
     dtype = getattr(torch, config.train.log.publish_dtype)
@@ -34,11 +35,12 @@ def export_run(config: RunConfig, run_dir: Path, out: Path, step: int | None = N
     hf = hf_config(config.train.model, tokenizer.hf_fields())
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.write_hf(out)
+    sparse = SparseCheckpoint(checkpoint)
     weights = (
-        (name, checkpoint.rows(name, 0, shape[0]).to(published_dtype(name, dtype)))
-        for name, shape in checkpoint.shapes.items()
+        (name, sparse.weight(name).to(published_dtype(name, dtype))) for name in checkpoint.shapes
     )
     write_shards(out, weights)
+    sparse.write_masks(out)
     write_config(out, hf, dtype)
     return out
 

@@ -167,16 +167,27 @@ class Masks:
         self.apply()
         self._refresh_weights()
 
+    @property
+    def has_window(self) -> bool:
+        """Sums of gradients are held."""
+        return any(held.window is not None for held in self._held.values())
+
     def open_window(self) -> None:
         """Makes room for sums of gradients, from a step or from a checkpoint."""
         for parameter, held in self._held.items():
             if held.window is None:
                 held.window = torch.zeros_like(parameter.detach().view(-1))
 
-    def close_window(self) -> None:
-        """Forgets the sums of gradients: what they said is in the masks."""
-        for held in self._held.values():
-            held.window = None
+    def clear_window(self, names: Iterable[str], is_over: bool) -> None:
+        """Forgets the sums of gradients of `names`; if it is over, all of them and their room."""
+        cleared = frozenset(names)
+        for state in self._states():
+            held = self._held[state.parameter]
+            for segment in state.layout.segments:
+                if held.window is not None and segment.name in cleared:
+                    held.window[state.local(segment.start, segment.stop)] = 0.0
+            if is_over:
+                held.window = None
 
     # --- for the engine -------------------------------------------------------------------------
 

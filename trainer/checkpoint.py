@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from gossamer.comm.store import open_store
 from gossamer.parallel.engine import Owned
+from gossamer.trainer.sparsity.bits import row_bytes, unpack_rows
 from torch import Tensor
 
 MANIFEST, BEGUN = "manifest.json", ".begun"
 NAME = re.compile(r"step-(\d{8,})-e(\d{4,})")
 DTYPES = {"F32": torch.float32, "F64": torch.float64, "U8": torch.uint8}
 """What a file may hold, by safetensors' names."""
-RNG, MASTER, MOMENTS = "rng", "master", ("exp_avg", "exp_avg_sq")
+RNG, MASTER, MASK, WINDOW = "rng", "master", "mask", "window"
+BESIDE_MASTER = ("exp_avg", "exp_avg_sq", WINDOW, MASK)
+"""What there may be of a tensor besides its master: see Owned and Masks."""
 READ_BYTES = 16 << 20
 
 
@@ -114,7 +117,8 @@ class Checkpoint:
 
     def read(self, name: str, row_start: int, row_stop: int) -> Owned:
         """Rows [row_start, row_stop) of masters and moments, from whichever files hold them."""
-        moments = {k: self.rows(name, row_start, row_stop, k) for k in self._moments(name)}
+        kinds = [kind for kind in BESIDE_MASTER if self.has(name, kind)]
+        moments = {kind: self.rows(name, row_start, row_stop, kind) for kind in kinds}
         master = self.rows(name, row_start, row_stop)
         return Owned(name, self.shapes[name], row_start, row_stop, master, moments)
 
@@ -127,7 +131,15 @@ class Checkpoint:
                 f"{self.url} holds {name} of shape {self.shapes[name]}, which has no row"
                 f" {row_stop - 1}; it is of another model"
             )
-        return self._rows(f"{kind}|{name}", self.shapes[name][1:], row_start, row_stop)
+        shape = self.shapes[name]
+        if kind == MASK:
+            bits = self._rows(f"{kind}|{name}", (row_bytes(shape),), row_start, row_stop)
+            return unpack_rows(bits, shape)
+        return self._rows(f"{kind}|{name}", shape[1:], row_start, row_stop)
+
+    def has(self, name: str, kind: str) -> bool:
+        """Whether it holds this kind of rows of a tensor."""
+        return f"{kind}|{name}" in self._places
 
     def rng(self, rank: int) -> Tensor | None:
         """The state of a rank's generator; None where there was no such rank."""
@@ -138,9 +150,6 @@ class Checkpoint:
         """(kind, tensor) of all rows: masters, moments, and what else a run keeps beside them."""
         found = (key.partition("|") for key in self._places)
         return [(kind, tensor) for kind, _, tensor in found if kind != RNG]
-
-    def _moments(self, name: str) -> list[str]:
-        return [kind for kind in MOMENTS if f"{kind}|{name}" in self._places]
 
     def _rows(self, key: str, width: tuple[int, ...], row_start: int, row_stop: int) -> Tensor:
         pieces = []

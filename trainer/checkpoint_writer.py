@@ -26,6 +26,7 @@ from gossamer.trainer.checkpoint import (
     BEGUN,
     DTYPES,
     MANIFEST,
+    MASK,
     MASTER,
     RNG,
     list_checkpoints,
@@ -33,6 +34,7 @@ from gossamer.trainer.checkpoint import (
     manifest_digest,
     resume_order,
 )
+from gossamer.trainer.sparsity.bits import pack_rows
 from torch import Tensor
 
 FILE_BYTES = 64 << 20
@@ -127,6 +129,7 @@ def take_snapshot(owned: Iterable[Owned], rank: int) -> Snapshot:
     for rows in owned:
         shapes[rows.name] = rows.shape
         for kind, values in {MASTER: rows.master, **rows.moments}.items():
+            values = pack_rows(values) if kind == MASK else values
             copied = values.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             tensors[f"{kind}|{rows.name}|{rows.row_start}"] = copied
     return Snapshot(tensors, shapes)

@@ -16,6 +16,7 @@ from gossamer.trainer.data.config import DataConfig, TaskConfig, TokenizerConfig
 from gossamer.trainer.import_path import check_name
 from gossamer.trainer.moe.config import ROUTERS, MoEConfig
 from gossamer.trainer.rl.config import RLConfig
+from gossamer.trainer.sparsity.config import SparsityConfig
 from gossamer.trainer.step.config import HeldoutConfig, MetricsConfig, OptimConfig, PhaseConfig
 
 
@@ -128,6 +129,8 @@ class TrainConfig:
     """The weight log that grpo phases publish to."""
     outer: OuterConfig | None = None
     """The rounds that replicas of the run meet in; None = this one is alone (docs/replicas.md)."""
+    sparsity: SparsityConfig | None = None
+    """Which weights are zero, and when that changes; None = all live."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When the state is written."""
     heldout: HeldoutConfig = field(default_factory=HeldoutConfig)

@@ -111,7 +111,8 @@ class Publishing:
     def rows(self) -> Iterator[Rows]:
         """What this rank owns, rounded as it is published. A collective call."""
         for owned in chain(self._engine.owned(with_moments=False), owned_buffers(self._model)):
-            values = owned.master.to(published_dtype(owned.name, self._dtype)).contiguous()
+            seen = owned.master if owned.weight is None else owned.weight
+            values = seen.to(published_dtype(owned.name, self._dtype)).contiguous()
             yield Rows(owned.name, owned.shape, owned.row_start, values)
 
     def _claim_epoch(self, takeover: bool) -> int:

@@ -34,6 +34,7 @@ from gossamer.trainer.rl.grpo import PolicyBatch
 from gossamer.trainer.rl.reference import Reference
 from gossamer.trainer.rl.rollouts import RolloutSource, RolloutStatistics
 from gossamer.trainer.saving import Progress, RunPlace, Saver, checkpoint_root, open_whole
+from gossamer.trainer.sparsity.run import SparseRun
 from gossamer.trainer.step.determinism import be_deterministic
 from gossamer.trainer.step.flops import measured_peak
 from gossamer.trainer.step.heldout import HeldoutText
@@ -79,11 +80,19 @@ class Session:
         self._clock_s = self._wait_s = self._lr = 0.0
         self._open_books()
         self._saver = self._build_saver()
+        self._sparse: SparseRun | None = None
+        if config.sparsity is not None:
+            self._sparse = SparseRun(config, self.model, self.engine, self._event)
+            self._saver.parts["sparsity"] = self._sparse
         if config.parallel.placement.path is not None:
             moved = self._experts.place_file(Path(config.parallel.placement.path))
             self._event("placement", reason="file", is_moved=True, **moved)
+        if self._sparse is not None and checkpoint:
+            self._sparse.restore(checkpoint.state.get("sparsity"))
         if checkpoint:
             self.progress = self._saver.restore(checkpoint)
+        elif self._sparse is not None:
+            self._sparse.begin()
         self._outer = self._build_outer()
         if self._outer is not None:
             self._outer.begin(self.progress, checkpoint)
@@ -174,6 +183,8 @@ class Session:
         if self._outer is not None:
             self._outer.drew(batch)
         self._lr, step = lr_at(phase, self.progress.lr_step), self.progress.step + 1
+        if self._sparse is not None:
+            self._lr *= self._sparse.lr_factor
         self._profiler.begin_step(step)
         result = update(
             self.model, self.engine, self.dims, batch, self._lr, self.config, self._trace
@@ -188,14 +199,17 @@ class Session:
             )
         if self._outer is not None:
             self._outer.updated(result)
+        self._masks_told = self._sparse.updated(result) if self._sparse is not None else {}
         self._reconsider_placement(phase, result)
         return result
 
     def sync_replicas(self, phase: PhaseConfig) -> None:
-        """The round with the other replicas, where there are any and one is due."""
+        """The round with the other replicas and new masks, where they are due."""
         if self._outer is not None:
             # its time is no part of the step's
             self._clock_s += self._outer.sync(self.progress, phase)
+        if self._sparse is not None:
+            self._sparse.change()
 
     def _reconsider_placement(self, phase: PhaseConfig, result: UpdateResult) -> None:
         """Live placement; after a move the log needs an anchor, for rows have other owners."""
@@ -241,6 +255,7 @@ class Session:
             tokens_per_s=result.tokens / step_s,
             mfu=result.flops / (step_s * self._peak_flops),
             **fields,
+            **self._masks_told,
         )
         self._changes.after_update(self.progress.step, phase.name)
 

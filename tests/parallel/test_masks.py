@@ -309,7 +309,7 @@ def go_on(layout: tuple, written: str) -> dict:
     world.engine.move(placed[0], placed[1])
     seen["moved"] = world.rows()
     world.engine.move(placed[1], placed[0])
-    world.engine.masks.close_window()
+    world.engine.masks.clear_window([], is_over=True)
     world.set_flows(scored=False)
     world.steps(1)
     return seen | {"stepped": world.rows()}

@@ -1,0 +1,183 @@
+"""A sparsity plan at work in a run: what a rank tells the method, and what becomes of its answers.
+
+The one idea: a plan is asked the same questions at the same steps on every rank and on every
+resume; masks and gradient sums live with the training state (parallel/masks.py), so all that is
+kept here are a few counters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from gossamer.parallel.engine import Engine, Owned
+from gossamer.parallel.gather import gather_texts
+from gossamer.parallel.masks import MASK, WINDOW
+from gossamer.trainer.config import TrainConfig
+from gossamer.trainer.import_path import resolve
+from gossamer.trainer.model import MoEModel
+from gossamer.trainer.sparsity.config import SPARSITY_METHODS
+from gossamer.trainer.sparsity.measure import Measure
+from gossamer.trainer.sparsity.method import Band, Horizon, Point, SparsityMethod, StepPlan
+from gossamer.trainer.update import UpdateResult
+from torch import Tensor
+
+EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.experts\.(\d+)\.")
+
+
+class SparseRun:
+    """One rank of it; every rank has one and makes the same calls."""
+
+    def __init__(
+        self, config: TrainConfig, model: MoEModel, engine: Engine, event: Callable[..., None]
+    ) -> None:
+        """`event` is called with the name and fields of what happened, on rank 0."""
+        assert config.sparsity is not None
+        self._engine, self._event = engine, event
+        shapes = _all_shapes(model)
+        steps = config.sparsity.total_steps or sum(phase.max_steps for phase in config.phases)
+        self.method: SparsityMethod = resolve(
+            config.sparsity.method, SPARSITY_METHODS, "sparsity.method"
+        )(config.sparsity)
+        self.names = self.method.begin(shapes, Horizon(steps, config.sparsity.total_tokens))
+        self.shapes = {name: shapes[name] for name in self.names}
+        self._experts = expert_places(shapes)
+        self.version = self._step = self._tokens = 0
+        self._window: dict[str, int] = {}
+        """Tokens that each expert's matrix saw since its window began."""
+        self._plan, self._is_changed = StepPlan(), False
+        self._measure = Measure(self.shapes, self._experts, model.num_parameters()[0])
+
+    # --- as the checkpoint has it ---------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """JSON."""
+        return {
+            "step": self._step,
+            "tokens": self._tokens,
+            "version": self.version,
+            "window": self._window,
+            "is_window_open": self._engine.masks.has_window,
+            "measure": self._measure.state(),
+            "alive": self._alive(),
+        }
+
+    def kinds(self) -> dict[tuple[str, int], dict[str, Tensor]]:
+        """None: the engine's rows hold the masks."""
+        return {}
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Before the engine reads the rows of a checkpoint. Raises ValueError for one without."""
+        if state is None:
+            raise ValueError(
+                "the checkpoint was written without train.sparsity; expected one of this plan,"
+                " whose masks it holds"
+            )
+        self._step, self._tokens, self.version = state["step"], state["tokens"], state["version"]
+        self._window = dict(state["window"])
+        self._measure.load(state["measure"])
+        self._ask()
+        self._is_changed = True
+        if state["is_window_open"]:
+            self._engine.masks.open_window()
+
+    # --- the loop's steps -----------------------------------------------------------------------
+
+    @property
+    def lr_factor(self) -> float:
+        """Of the next step's learning rate."""
+        return self._plan.lr_factor
+
+    def begin(self) -> None:
+        """The first masks, before the first step."""
+        self._ask()
+        self.change()
+
+    def updated(self, result: UpdateResult) -> dict[str, float]:
+        """After an update; what is to be told of its FLOPs and densities."""
+        if result.skipped:
+            return {}
+        scored = self._plan.scores
+        for name in scored & self._experts.keys():
+            layer, expert = self._experts[name]
+            self._window[name] = self._window.get(name, 0) + result.expert_load[layer][expert]
+        told = self._measure.after_update(result, self._flows, scored)
+        self._tokens += result.tokens
+        self._step += 1
+        self._ask()
+        self._is_changed = False
+        return told
+
+    def change(self) -> None:
+        """Changes the masks that are due, once after each update. A collective call."""
+        names = self._plan.updates
+        if self._is_changed or not names:
+            return
+        self._is_changed = True
+        bands = [
+            self._band(rows) for rows in self._engine.owned(with_moments=True) if rows.name in names
+        ]
+        masks = self.method.update(bands, self._point(), dist.all_reduce)
+        self._measure.masks_changed(self._step, names, bands, masks)
+        by_place = {(b.name, b.row_start): m for b, m in zip(bands, masks, strict=True)}
+        self._engine.masks.set_masks(names, by_place, self._plan.reset_moments)
+        self._close_window(names)
+        self.version += 1
+        targets = self.method.target(self._point())
+        told = self._measure.masks_event(targets)
+        self._event("masks", step=self._step, mask_version=self.version, **told)
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _point(self, ahead: int = 0) -> Point:
+        return Point(self._step + ahead, self._tokens)
+
+    def _ask(self) -> None:
+        """What is due now, and how the next step goes."""
+        self._plan = self.method.step(self._point())
+        self._flows = {name: self.method.flow(name, self._point()) for name in self.names}
+        then = {name: self.method.flow(name, self._point(1)) for name in self.names}
+        self._engine.masks.set_flows(self._flows, then, self._plan.scores)
+
+    def _band(self, rows: Owned) -> Band:
+        return Band(
+            name=rows.name,
+            shape=rows.shape,
+            row_start=rows.row_start,
+            weight_RC=rows.master,
+            mask_RC=rows.moments[MASK],
+            gradient_RC=rows.moments.get(WINDOW),
+            momentum_RC=rows.moments.get("exp_avg"),
+            tokens=self._window.get(rows.name, 0) if rows.name in self._experts else None,
+        )
+
+    def _alive(self) -> dict[str, float]:
+        """Of which matrices the forward pass takes masked weights, and what share of them."""
+        shares = {n: 1.0 if f.kind == "dense" else f.keep for n, f in self._flows.items()}
+        return {name: share for name, share in shares.items() if share}
+
+    def _close_window(self, names: frozenset[str]) -> None:
+        for name in names:
+            self._window.pop(name, None)
+        self._engine.masks.clear_window(names, is_over=not (self._window or self._plan.scores))
+
+
+def expert_places(shapes: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(MoE layer, expert) of the names of experts' tensors, as the load of a step counts them."""
+    found = {name: match for name in shapes if (match := EXPERT.search(name))}
+    layers = sorted({int(match[1]) for match in found.values()})
+    return {n: (layers.index(int(match[1])), int(match[2])) for n, match in found.items()}
+
+
+def _all_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:
+    """Every logical tensor of the replica, those of other ranks among them."""
+    mine = {name: shape for logical in model.segments.values() for name, shape in logical}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for text in gather_texts(json.dumps(mine)):
+        shapes |= {name: tuple(shape) for name, shape in json.loads(text).items()}
+    assert all(math.prod(shape) for shape in shapes.values())
+    return shapes
