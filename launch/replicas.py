@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 def start_replicas(config: RunConfig, run_dir: Path, overwrite: bool) -> None:
     """Runs all replicas in a new folder. Raises RunError, also when no replica finished."""
-    config = with_absolute_paths(config)
+    config = _for_all(with_absolute_paths(config))
     run_dir.mkdir(parents=True, exist_ok=True)
     with sole_driver(run_dir):
         make_room(run_dir, overwrite)
@@ -220,21 +220,29 @@ def _member(config: RunConfig, run_dir: Path, index: int, address: str | None, u
     return member
 
 
+def _for_all(config: RunConfig) -> RunConfig:
+    """With a share of the data for each replica, and all of them waited for in round 0."""
+    train, outer = config.train, config.train.outer
+    assert outer is not None
+    shares = max(config.replicas, train.data.num_replicas)
+    expected = max(config.replicas, outer.expected_replicas)
+    train = replace(
+        train,
+        data=replace(train.data, num_replicas=shares),
+        outer=replace(outer, expected_replicas=expected),
+    )
+    return replace(config, train=train)
+
+
 def _own_overrides(config: RunConfig, member: Member) -> list[str]:
     """What tells one replica from the others, of the same recipe."""
-    train = config.train
-    shares = max(config.replicas, train.data.num_replicas)
-    expected = max(config.replicas, train.outer.expected_replicas if train.outer else 1)
     own = [
         "replicas=1",
         f"train.outer.replica={member.name}",
-        f"train.outer.expected_replicas={expected}",
         f"train.data.replica_index={member.index}",
-        f"train.data.num_replicas={shares}",
     ]
-    if train.checkpoint.url is not None:
-        own.append(f"train.checkpoint.url={json.dumps(f'{train.checkpoint.url}/{member.name}')}")
-    return own
+    saved = config.train.checkpoint.url
+    return own + ([f"train.checkpoint.url={json.dumps(f'{saved}/{member.name}')}"] if saved else [])
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from gossamer.launch import replicas
 from gossamer.launch.cli import main
 from gossamer.launch.config import FleetConfig, RunConfig
 from gossamer.launch.controller import RunError, start_run
-from gossamer.launch.recipe import build_config, load_recipe
+from gossamer.launch.recipe import build_config, dump_config, load_recipe
 from gossamer.launch.replicas import Member, resume_replicas, start_replicas
 from gossamer.launch.replicas_display import FleetDisplay
 from gossamer.launch.replicas_members import (
@@ -67,6 +67,22 @@ def member_of(config, index, **outer):
 def test_what_cannot_be_is_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         config_of(**changes)
+
+
+def test_each_replica_has_a_share_of_the_data_and_all_are_waited_for(tmp_path):
+    config = replicas._for_all(config_of(checkpoint={"url": "s3://b/saved"}))
+    assert (config.train.data.num_replicas, config.train.outer.expected_replicas) == (3, 3)
+    member = replicas._member(config, tmp_path, 2, "1.2.3.4:5", "http://127.0.0.1:6")
+    path = tmp_path / "config.json"
+    dump_config(config, path)
+    told = [*replicas._own_overrides(config, member), *member.overrides]
+    own = load_recipe(str(path), told)
+    assert own.replicas == 1 and own.cluster.address == "1.2.3.4:5"
+    assert own.train.outer == replace(
+        config.train.outer, replica="replica-2", url="http://127.0.0.1:6"
+    )
+    assert own.train.data == replace(config.train.data, replica_index=2)
+    assert own.train.checkpoint.url == "s3://b/saved/replica-2"
 
 
 def test_a_resumed_run_may_be_told_where_it_runs_and_no_more(tmp_path, capsys):
