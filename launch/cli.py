@@ -117,6 +117,10 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     moe.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
     moe.add_argument("--quick", action="store_true", help="tiny layers: says nothing about speed")
     moe.set_defaults(run=_bench_moe)
+    replicas = benches.add_parser("replicas", help="outer rules: loss, bytes and seconds by link")
+    replicas.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
+    replicas.add_argument("--quick", action="store_true", help="tiny: says nothing about losses")
+    replicas.set_defaults(run=_bench_replicas)
     table = benches.add_parser("table", help="the rows of a benchmark as Markdown")
     table.add_argument("json", type=Path)
     table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")
@@ -248,11 +252,18 @@ def _bench_moe(arguments: argparse.Namespace) -> None:
     bench_moe(arguments.json, arguments.quick)
 
 
+def _bench_replicas(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench.replicas import bench_replicas
+
+    bench_replicas(arguments.json, arguments.quick)
+
+
 def _bench_table(arguments: argparse.Namespace) -> None:
-    from gossamer.launch.bench import moe_table, placement_table, table
+    from gossamer.launch.bench import moe_table, placement_table, replicas_table, table
 
     beginning = arguments.json.read_text(errors="replace")[:9999]
-    named = (each for each in (moe_table, placement_table) if each.COMMAND in beginning)
+    tables = (moe_table, placement_table, replicas_table)
+    named = (each for each in tables if each.COMMAND in beginning)
     bench = next(named, table)
     text = bench.render_table(arguments.json)
     if arguments.into is None:
