@@ -57,11 +57,11 @@ def test_lengths_add_up_by_table_and_by_prefix(dtype, num_classes, longest, seed
     first = int(random.integers(0, int(classes.max()) + 2 - num_classes))
     codes = random.integers(0, len(LENGTHS), num_classes)
     lengths = LENGTHS[[len(LENGTHS) - 1] * num_classes if longest else codes]
-    old = random.integers(0, 2 * ELEMENTS[dtype][2], 200).astype(BITS[dtype])
+    old = random.integers(0, 2 * ELEMENTS[dtype][2], 700).astype(BITS[dtype])
     index = classes[old >> ELEMENTS[dtype][0]] - first
     each = np.where(index < num_classes, lengths[np.clip(index, 0, num_classes - 1)], 0)
-    at = int(random.integers(0, 200))
-    count = int(random.integers(0, 201 - at))
+    at = int(random.integers(0, 700))
+    count = int(random.integers(0, 701 - at))
     for use_table in {False, HAS_LOOKUP}:
         line = build_line(dtype, first, lengths, use_table)
         assert (line.shape[3] >= 0) == (use_table and num_classes < STRIDE)
@@ -69,7 +69,7 @@ def test_lengths_add_up_by_table_and_by_prefix(dtype, num_classes, longest, seed
         limit = int(each.sum() * random.random())
         strides = np.append(0, np.cumsum(each[at:])[STRIDE - 1 :: STRIDE])
         fits = int(np.searchsorted(strides, limit, "right")) - 1
-        assert skip(old, at, 200, 0, limit, *line) == (at + STRIDE * fits, strides[fits])
+        assert skip(old, at, 700, 0, limit, *line) == (at + STRIDE * fits, strides[fits])
 
 
 FRAME = """
