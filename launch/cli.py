@@ -154,9 +154,8 @@ def _join(arguments: argparse.Namespace) -> None:
     from gossamer.launch.controller import start_run
     from gossamer.launch.replicas_members import joining
 
-    config, returns = joining(arguments.log, arguments.overrides, arguments.name)
-    name = f"{config.name}-{config.train.outer.replica}"
-    run_dir = arguments.run_dir or Path("runs") / name
+    config, name, returns = joining(arguments.log, arguments.overrides, arguments.name)
+    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-{name}"
     start_run(config, run_dir.resolve(), overwrite=False, takes_over=returns)
 
 
@@ -218,7 +217,10 @@ def _export(arguments: argparse.Namespace) -> None:
     from gossamer.launch.export import export_run
 
     run_dir = arguments.run_dir.resolve()
-    print(export_run(_load_run(run_dir), run_dir, arguments.out, arguments.step))
+    config = _load_run(run_dir)
+    if config.replicas > 1:
+        raise ValueError(f"{run_dir} is of {config.replicas} replicas; expected {run_dir}/replica-0")
+    print(export_run(config, run_dir, arguments.out, arguments.step))
 
 
 def _upcycle(arguments: argparse.Namespace) -> None:

@@ -132,7 +132,8 @@ class Member:
             return f"its process was killed by {signal.Signals(-code).name}"
         said = (self.run_dir / "logs" / "console.log").read_text(errors="replace").splitlines()
         told = [line.removeprefix("gossamer: ") for line in said if line.startswith("gossamer: ")]
-        return told[-1] if told else f"its process ended with code {code}"
+        # where to look, and how to go on, is its own user's matter
+        return told[-1].partition("; see ")[0] if told else f"its process ended with code {code}"
 
 
 def _run(config: RunConfig, run_dir: Path) -> None:

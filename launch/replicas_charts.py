@@ -23,8 +23,12 @@ from gossamer.launch.quantities import format_bytes, format_duration, format_per
 from gossamer.launch.replicas_summary import Fleet, outer_rounds
 from gossamer.launch.summary import Event, mean, of_kind, settle
 
-COSTS = (("compute_s", "inner steps", PALE_BLUE), ("send_s", "send", ORANGE))
-COSTS += (("wait_s", "wait", RED), ("apply_s", "apply", GREEN))
+COSTS = (
+    ("compute_s", "inner steps", PALE_BLUE),
+    ("send_s", "send", ORANGE),
+    ("wait_s", "wait", RED),
+    ("apply_s", "apply", GREEN),
+)
 FATES = ("absent", "refused", "late", "counted")
 FATE_COLORS = ("#f1f3f5", RED, ORANGE, "#b2dfb8")
 

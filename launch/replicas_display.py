@@ -67,7 +67,8 @@ class ReplicaRow:
 
     def __init__(self, replica: Shown) -> None:
         self.replica = replica
-        self.run, self.round, self.sent_bytes = RunState(), {}, 0  # type: RunState, Event, int
+        self.run, self.sent_bytes = RunState(), 0
+        self.round: Event = {}
         self._tail, self._trained_s = EventTail(replica.run_dir), 0.0
 
     def read(self) -> None:
@@ -82,7 +83,7 @@ class ReplicaRow:
     @property
     def state(self) -> str:
         if self.replica.state == "running" and self._trained_s < self.replica.started_s:
-            return "starting again" if self.replica.restarts else "starting"
+            return "restarting" if self.replica.restarts else "starting"
         died = self.replica.state == "waiting" and self.replica.restarts
         return "died" if died else self.replica.state
 
@@ -93,7 +94,7 @@ class ReplicaRow:
         return [
             self.replica.name,
             self.state,
-            f"{self.run.phase} {done:,}" + (f" of {total:,}" if total else "") if step else "",
+            f"{done:,}" + (f" of {total:,}" if total else "") if step else "",
             format_number(step["loss"]) if step else "",
             format_count(step.get("tokens_per_s")) if step else "",
             str(last["round"]) if last else "",
@@ -122,7 +123,8 @@ class FleetDisplay:
 
         self._console, self._rounds = console, RoundTail(store)
         self._rows = [ReplicaRow(replica) for replica in replicas]
-        self._tail, self._name, self._news = EventTail(run_dir), run_dir.name, []  # type: ignore
+        self._tail, self._name = EventTail(run_dir), run_dir.name
+        self._news: list[str] = []
         self._hints = [links] if links else []
         if store is not None:
             self._hints.append(f"one more replica: gossamer join {join_url}")
@@ -162,7 +164,9 @@ class FleetDisplay:
         told = [self._clock(), self.round_line()]
         for row in self._rows:
             name, state, step, loss, *_ = row.cells()
-            told.append(f"{name} {step} loss {loss}" if state == "running" else f"{name} {state}")
+            told.append(
+                f"{name} step {step} loss {loss}" if state == "running" else f"{name} {state}"
+            )
         return "  ".join(filter(None, told))
 
     def round_line(self) -> str:
@@ -184,11 +188,13 @@ class FleetDisplay:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=None, expand=True, header_style="dim", padding=(0, 1))
+        table = Table(
+            box=None, expand=True, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False
+        )
         for head in HEADS:
             table.add_column(head, no_wrap=True, justify="left" if head in HEADS[:3] else "right")
         for row in self._rows:
-            bad = "bold red" if row.state in ("died", "starting again", "lost") else ""
+            bad = "bold red" if row.state in ("died", "restarting", "lost") else ""
             table.add_row(*(Text(cell, bad) for cell in row.cells()))
         below = [Text(self.round_line()), *(Text(hint, "dim") for hint in self._hints)]
         below += [Text(news, "red") for news in self._news[-NEWS_LINES:]]

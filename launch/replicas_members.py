@@ -92,8 +92,8 @@ def readers(store: Store) -> dict[int, str]:
     return {int(Path(name).stem): json.loads(store.get(name))["replica"] for name in names}
 
 
-def joining(log: str, overrides: list[str], name: str | None) -> tuple[RunConfig, bool]:
-    """The config of one more replica of the run that meets in `log`; True where it returns.
+def joining(log: str, overrides: list[str], name: str | None) -> tuple[RunConfig, str, bool]:
+    """The config of one more replica of the run that meets in `log`, its name, and if it returns.
 
     `name`: a member to take the place of; None: a new one, that reads a share of its own. Raises
     FileNotFoundError where nobody left a recipe, ValueError where no share is left.
@@ -119,7 +119,9 @@ def joining(log: str, overrides: list[str], name: str | None) -> tuple[RunConfig
             own.append(f"train.data.replica_index={share}")
         if name is not None:
             own.append(f"train.outer.replica={name}")
-        return load_recipe(str(path), [*own, *overrides]), returns
+        config = load_recipe(str(path), [*own, *overrides])
+        assert config.train.outer is not None, "rounds are those of a run with train.outer"
+        return config, config.train.outer.replica, returns
 
 
 def _find_share(store: Store, num_shares: int, name: str | None) -> int:

@@ -99,7 +99,7 @@ def test_kills_a_joiner_and_a_resume_leave_replicas_that_are_bit_equal(tmp_path)
     hashes = {}
     for folder in (run_dir / "replica-0", run_dir / "replica-1", joined):
         for event in events(folder, "outer_round"):
-            hashes.setdefault(event["round"], set()).add(event["state_hash"])
+            hashes.setdefault(event["next_round"], set()).add(event["state_hash"])
     assert all(len(found) == 1 for found in hashes.values())
     assert len(hashes) == len(records)
 

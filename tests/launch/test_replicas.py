@@ -128,8 +128,12 @@ def test_one_that_joins_gets_the_recipe_and_a_share_of_its_own(tmp_path):
     leave_recipe(store, config, tmp_path)
     for index in range(3):
         enlist(store, member_of(config, index))
-    joined, returns = joining(log, ["train.parallel.expert=1"], None)
-    assert not returns and (joined.replicas, joined.fleet) == (1, FleetConfig())
+    joined, name, returns = joining(log, ["train.parallel.expert=1"], None)
+    assert (
+        not returns
+        and name == "replica-3"
+        and (joined.replicas, joined.fleet) == (1, FleetConfig())
+    )
     assert (joined.train.outer.url, joined.train.outer.replica) == (log, "replica-3")
     assert (joined.train.data.replica_index, joined.train.parallel.expert) == (3, 1)
     assert joined.train.phases == config.train.phases
@@ -138,8 +142,8 @@ def test_one_that_joins_gets_the_recipe_and_a_share_of_its_own(tmp_path):
     assert joining(log, [], "oslo")[0].train.data.replica_index == 4
     with pytest.raises(ValueError, match="all 5 shares .* replica-0, .* oslo; expected --name"):
         joining(log, [], None)
-    back, returns = joining(log, [], "replica-1")
-    assert returns and back.train.data.replica_index == 1
+    back, name, returns = joining(log, [], "replica-1")
+    assert returns and name == "replica-1" and back.train.data.replica_index == 1
     with pytest.raises(
         FileNotFoundError, match=r"has no recipe.json; expected the rounds of a run"
     ):

@@ -157,7 +157,7 @@ def test_plain_lines_tell_all_replicas_and_the_last_round(run_dir):
     assert "replica-1 died: it <was> killed" in printed
     last = printed.splitlines()[-1]
     assert "round 2: replica-0, oslo, replica-1 (late)" in last
-    assert "replica-0 warm_start 6 loss 1" in last
+    assert "replica-0 step 6 loss 1" in last
     assert "replica-1 died" in last and "replica-2 starting" in last
 
 
