@@ -14,7 +14,7 @@ from gossamer.comm.outer.config import OuterConfig
 from gossamer.parallel.config import ParallelConfig
 from gossamer.trainer.data.config import DataConfig, TaskConfig, TokenizerConfig
 from gossamer.trainer.import_path import check_name
-from gossamer.trainer.moe.config import ROUTERS, MoEConfig
+from gossamer.trainer.moe.config import FAMILY_ROUTERS, ROUTERS, MoEConfig
 from gossamer.trainer.rl.config import RLConfig
 from gossamer.trainer.sparsity.config import SparsityConfig
 from gossamer.trainer.step.config import HeldoutConfig, MetricsConfig, OptimConfig, PhaseConfig
@@ -59,6 +59,12 @@ class ModelConfig:
         _require(
             self.path is not None or "model_type" in self.hf,
             "model.hf.model_type is missing; expected a Hugging Face model type such as qwen3_moe",
+        )
+        family = self.hf.get("model_type")
+        _require(
+            self.path is not None or family in FAMILY_ROUTERS,
+            f"model.hf.model_type is {family}; expected one whose MoE blocks gossamer knows:"
+            f" {', '.join(FAMILY_ROUTERS)}",
         )
         _require(
             self.balance_loss_coef >= 0.0,

@@ -15,19 +15,11 @@ from gossamer.parallel.dispatch import Dispatcher
 from gossamer.trainer.config import ModelConfig
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.moe.block import MoEBlock, StepContext
-from gossamer.trainer.moe.config import ROUTERS
+from gossamer.trainer.moe.config import FAMILY_ROUTERS, ROUTERS
 from gossamer.trainer.moe.experts import GroupedExperts
 from gossamer.trainer.moe.router import RouterSpec
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-
-FAMILY_ROUTERS = {
-    "qwen3_moe": "topk_softmax",
-    "mixtral": "topk_softmax",
-    "olmoe": "topk_softmax",
-    "deepseek_v3": "sigmoid_bias",
-}
-"""The router of each model type that is known; model.router may name another."""
 
 
 def check_family(hf: PretrainedConfig) -> None:

@@ -19,7 +19,6 @@ from gossamer.comm.names import checkpoint_name, logical_views
 from gossamer.parallel.dims import ParallelDims
 from gossamer.trainer.config import ModelConfig
 from gossamer.trainer.families import (
-    FAMILY_ROUTERS,
     build_block,
     check_family,
     materialise,
@@ -27,6 +26,7 @@ from gossamer.trainer.families import (
 )
 from gossamer.trainer.hf_folder import HFFolder, write_shards
 from gossamer.trainer.moe.block import MoEBlock, StepContext
+from gossamer.trainer.moe.config import FAMILY_ROUTERS
 from gossamer.trainer.step.recompute import recompute
 from torch import Tensor, nn
 from transformers import (

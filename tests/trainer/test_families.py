@@ -10,8 +10,8 @@ from gossamer.comm.names import logical_views, published_dtype
 from gossamer.parallel.config import ParallelConfig
 from gossamer.parallel.dims import ParallelDims, build_dims
 from gossamer.trainer.config import ModelConfig
-from gossamer.trainer.families import FAMILY_ROUTERS
 from gossamer.trainer.model import build_model, export_hf, hf_config
+from gossamer.trainer.moe.config import FAMILY_ROUTERS
 from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, hf_fields, save, transformers_model
 from transformers import AutoModelForCausalLM

@@ -133,14 +133,17 @@ def refused(config: ModelConfig) -> str:
     return str(error.value)
 
 
-def test_a_model_type_that_transformers_does_not_know_is_refused():
-    message = refused(ModelConfig(hf={"model_type": "qwen99_moe"}))
-    assert "model.hf.model_type" in message and "qwen99_moe" in message
+@pytest.mark.parametrize("family", ["qwen99_moe", "qwen3"])
+def test_a_model_type_without_our_blocks_is_refused_by_the_config(family):
+    with pytest.raises(ValueError, match=f"model.hf.model_type is {family}; .* qwen3_moe"):
+        ModelConfig(hf={"model_type": family})
 
 
-def test_a_model_type_without_our_blocks_is_refused():
+def test_a_folder_of_a_model_without_our_blocks_is_refused(tmp_path):
     dense = {"model_type": "qwen3", "hidden_size": 8, "num_hidden_layers": 1, "vocab_size": 9}
-    message = refused(ModelConfig(hf={**dense, "intermediate_size": 8, "head_dim": 8}))
+    text = json.dumps({**dense, "intermediate_size": 8, "head_dim": 8})
+    (tmp_path / "config.json").write_text(text)
+    message = refused(ModelConfig(path=str(tmp_path)))
     assert "qwen3 has no MoE block" in message and "expected qwen3_moe" in message
 
 

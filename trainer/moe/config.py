@@ -16,6 +16,14 @@ ROUTERS = {
 }
 """Each is built as `build(weight_ED, spec)`, spec being a RouterSpec."""
 
+FAMILY_ROUTERS = {
+    "qwen3_moe": "topk_softmax",
+    "mixtral": "topk_softmax",
+    "olmoe": "topk_softmax",
+    "deepseek_v3": "sigmoid_bias",
+}
+"""The router of each model type that is known; model.router may name another."""
+
 BALANCE_SCOPES = ("micro_batch", "sequence", "global_batch")
 TEMPERATURE_DECAYS = ("exponential", "linear")
 
