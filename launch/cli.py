@@ -121,6 +121,10 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     replicas.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
     replicas.add_argument("--quick", action="store_true", help="tiny: says nothing about losses")
     replicas.set_defaults(run=_bench_replicas)
+    sparsity = benches.add_parser("sparsity", help="sparse plans at equal compute, several seeds")
+    sparsity.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
+    sparsity.add_argument("--quick", action="store_true", help="tiny: says nothing about losses")
+    sparsity.set_defaults(run=_bench_sparsity)
     table = benches.add_parser("table", help="the rows of a benchmark as Markdown")
     table.add_argument("json", type=Path)
     table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")
@@ -260,12 +264,24 @@ def _bench_replicas(arguments: argparse.Namespace) -> None:
     bench_replicas(arguments.json, arguments.quick)
 
 
+def _bench_sparsity(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench.sparsity import bench_sparsity
+
+    bench_sparsity(arguments.json, arguments.quick)
+
+
 def _bench_table(arguments: argparse.Namespace) -> None:
-    from gossamer.launch.bench import moe_table, placement_table, replicas_table, table
+    from gossamer.launch.bench import (
+        moe_table,
+        placement_table,
+        replicas_table,
+        sparsity_table,
+        table,
+    )
 
     beginning = arguments.json.read_text(errors="replace")[:9999]
-    tables = (moe_table, placement_table, replicas_table)
-    named = (each for each in tables if each.COMMAND in beginning)
+    others = (moe_table, placement_table, replicas_table, sparsity_table)
+    named = (each for each in others if each.COMMAND in beginning)
     bench = next(named, table)
     text = bench.render_table(arguments.json)
     if arguments.into is None:

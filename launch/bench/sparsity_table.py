@@ -1,0 +1,86 @@
+"""The rows of `gossamer bench sparsity` as Markdown.
+
+The one idea: each arm is told with what it cost and how far its seeds lie apart, and each question
+with its verdict, the ones without an answer too.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+BEGIN, END = "<!-- bench sparsity: begin -->", "<!-- bench sparsity: end -->"
+COMMAND = "gossamer bench sparsity"
+Row = dict[str, Any]
+
+
+def render_table(path: Path) -> str:
+    """Arms, verdicts, products. Raises ValueError for other JSON."""
+    try:
+        found = json.loads(path.read_text())
+        sizes = found["sizes"]
+        lines = [
+            f"`{found['command']}` on {found['machine']}, load {found['load_average']}; each arm:"
+            f" {len(sizes['seeds'])} seeds, the compute of {sizes['dense_steps']} dense steps.",
+            "",
+            *_arms(found["rows"]),
+            "",
+            f"Noise, the widest range between seeds of one arm: {found['noise']:.3f} nats.",
+            "",
+            *_verdicts(found["verdicts"]),
+            "",
+            *_products(found["products"]),
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold rows of `{COMMAND}`: {error}") from error
+    return "\n".join(lines)
+
+
+def _arms(rows: list[Row]) -> list[str]:
+    head = ("arm", "loss (range)", "steps", "density, mean", "FLOPs a step", "flips a step", "ms")
+    lines = _head(*head)
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        own = [row for row in rows if row["arm"] == arm]
+        losses = [row["loss"] for row in own]
+        cells = (
+            arm,
+            f"{mean(losses):.3f} ({max(losses) - min(losses):.3f})",
+            str(own[0]["steps"]),
+            f"{own[0]['density']:.3f}, {own[0]['mean_density']:.3f}",
+            f"{100 * own[0]['flops_share']:.0f} %",
+            f"{mean(row['flip_rate'] for row in own):.5f}",
+            f"{1000 * mean(row['step_s'] for row in own):.0f}",
+        )
+        lines.append(_line(*cells))
+    return lines
+
+
+def _verdicts(verdicts: list[Row]) -> list[str]:
+    lines = _head("question", "difference of loss", "by seed", "verdict")
+    for each in verdicts:
+        by_seed = ", ".join(f"{difference:+.3f}" for difference in each["differences"])
+        lines.append(
+            _line(each["question"], f"{each['difference']:+.3f}", by_seed, each["verdict"])
+        )
+    return lines
+
+
+def _products(products: list[Row]) -> list[str]:
+    names = list(dict.fromkeys(row["product"] for row in products))
+    dense_s = next(row["seconds"] for row in products)
+    lines = _head("density", *(f"{name}, ms (times dense)" for name in names))
+    for density in dict.fromkeys(row["density"] for row in products):
+        own = {r["product"]: r["seconds"] for r in products if r["density"] == density}
+        cells = [f"{1000 * own[name]:.2f} ({own[name] / dense_s:.2f})" for name in names]
+        lines.append(_line(f"{density:g}", *cells))
+    return lines
+
+
+def _head(*cells: str) -> list[str]:
+    return [_line(*cells), "|" + "---|" * len(cells)]
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
