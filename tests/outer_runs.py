@@ -130,12 +130,21 @@ def run_replica(run_dir: str, config: dict, attempt: int, fault: Fault | None) -
     train(session)
 
 
-def _rank(run_dir: str, config: dict, attempt: int, fault: Fault | None, rank: int, meet: str):
+def _rank(
+    run_dir: str,
+    config: dict,
+    attempt: int,
+    fault: Fault | None,
+    rank: int,
+    meet: str,
+    environment: dict[str, str],
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     size = config["parallel"].get("data", 1) * config["parallel"].get("expert", 1)
+    os.environ.update(environment)
     os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(size))
     try:
         dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=size)
@@ -150,7 +159,12 @@ class Running:
     """A replica's ranks."""
 
     def __init__(
-        self, run_dir: Path, config: dict, attempt: int = 1, fault: Fault | None = None
+        self,
+        run_dir: Path,
+        config: dict,
+        attempt: int = 1,
+        fault: Fault | None = None,
+        environment: dict[str, str] | None = None,
     ) -> None:
         from gossamer.launch.recipe import build_config
         from gossamer.trainer.config import TrainConfig
@@ -163,7 +177,10 @@ class Running:
         size = config["parallel"].get("data", 1) * config["parallel"].get("expert", 1)
         meet = tempfile.mktemp(prefix="meet", dir=run_dir)
         self._ranks = [
-            context.Process(target=_rank, args=(str(run_dir), config, attempt, fault, r, meet))
+            context.Process(
+                target=_rank,
+                args=(str(run_dir), config, attempt, fault, r, meet, environment or {}),
+            )
             for r in range(size)
         ]
         for process in self._ranks:
@@ -196,8 +213,8 @@ def finish(*running: Running) -> None:
 
 
 def hashes(run_dir: Path) -> dict[int, str]:
-    """State hash after each round that a run says it took part in."""
-    return {e["round"]: e["state_hash"] for e in events(run_dir, "outer_round")}
+    """State hash before each round that a run went on to."""
+    return {e["next_round"]: e["state_hash"] for e in events(run_dir, "outer_round")}
 
 
 def records(rounds: Path) -> list[dict]:

@@ -285,6 +285,7 @@ class OuterSync:
             late=sorted(name for name, made_in in settled.counted if made_in != number),
             refused=settled.refused,
             missed=missed,
+            next_round=self.replica.number,
             wire_bytes_sent=sent,
             wire_bytes_read=read,
             compute_s=compute_s,
@@ -315,12 +316,11 @@ class OuterSync:
 
 
 def _move_on(progress: Progress, config: TrainConfig, step: int, over_phases: bool = False) -> None:
-    """Brings progress up to `step`; not beyond its phase, unless told so."""
+    """Brings progress up to `step`; not over the end of its phase, unless told so."""
     while progress.step < step and progress.phase_index < len(config.phases):
         phase = config.phases[progress.phase_index]
-        if progress.phase_step < phase.max_steps:
-            progress.advance(skipped=False)
-        elif over_phases:
+        if progress.phase_step == phase.max_steps:
+            return  # the loop ends the phase
+        progress.advance(skipped=False)
+        if over_phases and progress.phase_step == phase.max_steps:
             progress.end_phase()
-        else:
-            return

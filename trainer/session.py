@@ -301,6 +301,8 @@ class Session:
             self._publishing.audit(self.progress.step, self._feed.rollouts)
         if self._outer is not None:
             self._outer.leave()
+            self.checkpoint()  # of one that came when all was over; else it is there already
+            self._saver.wait()
         self._profiler.close()
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
