@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gossamer.comm.codec.part import Rows
-from gossamer.comm.outer.exchange import Settled
+from gossamer.comm.outer.exchange import Exchange, Settled
 from gossamer.comm.outer.replica import SHARED_PREFIX, Replica
 from gossamer.comm.outer.rule import Key
 from gossamer.comm.state_hash import format_hash
@@ -32,6 +32,8 @@ from gossamer.trainer.model import MoEModel
 from gossamer.trainer.outer_link import open_link
 from gossamer.trainer.outer_state import outer_kinds, put_back, shared_weights
 from gossamer.trainer.saving import Progress, RunPlace, owned_buffers
+from gossamer.trainer.sparsity.rounds import SharedMasks
+from gossamer.trainer.sparsity.run import SparseRun
 from gossamer.trainer.update import UpdateResult
 from torch import Tensor
 
@@ -50,9 +52,14 @@ class OuterSync:
         model: MoEModel,
         feed: Feed,
         event: Callable[..., None],
+        sparse: SparseRun | None = None,
     ) -> None:
         """`event` is called with the name and fields of what happened, on rank 0."""
         assert config.outer is not None
+        self._steps = sum(phase.max_steps for phase in config.phases)
+        self._masks: SharedMasks | None = None
+        if sparse is not None:
+            self._masks = SharedMasks(sparse, config.outer.inner_steps, self._steps)
         self._config, self._outer, self._place = config, config.outer, place
         self._dims, self._engine, self._model = dims, engine, model
         self._feed, self._event = feed, event
@@ -98,6 +105,9 @@ class OuterSync:
         link = self._link = open_link(
             self._outer, self._place, self._config.data, self._dims, shapes, number
         )
+        self._exchange: Exchange = link.exchange
+        if self._masks is not None:
+            self._exchange = self._masks.through(link.exchange, shapes)
         if saved:
             self._tokens_before, self._tokens = saved["tokens_before"], saved["tokens"]
             self._load_LE = torch.tensor(saved["expert_load"])
@@ -160,8 +170,12 @@ class OuterSync:
     ) -> None:
         """From the checkpoint; where the others are rounds ahead, without the round it was in."""
         link, shared = self._link, shared_weights(checkpoint, rows)
-        self.replica = Replica(self._outer, link.exchange, shared, link.anchors, number)
+        if self._masks is not None:
+            shared += self._masks.rows()
+        self.replica = Replica(self._outer, self._exchange, shared, link.anchors, number)
         put_back(self.replica, checkpoint, rows)
+        if self._masks is not None:
+            self._masks.attach(self.replica, is_new=False)
         missed = 0
         if link.course is not None:
             course = link.course
@@ -175,18 +189,22 @@ class OuterSync:
         """From the newest anchor and the rounds since; the first replica makes the first anchor."""
         link = self._link
         if link.course is None or link.anchors is None:
-            self.replica = Replica(self._outer, link.exchange, rows, None, 0)
+            self.replica = Replica(self._outer, self._exchange, rows, None, 0)
+            if self._masks is not None:
+                self._masks.attach(self.replica, is_new=True)
             self._say_start("config", 0)
             return
         course = link.course
         anchor = self._agreed(course.anchor)
         self.replica = Replica(
             self._outer,
-            link.exchange,
+            self._exchange,
             rows,
             link.anchors,
             anchor=None if anchor < 0 else anchor,
         )
+        if self._masks is not None:
+            self._masks.attach(self.replica, is_new=True)
         missed = self.replica.catch_up(self._agreed(course.next_round))
         self._give_up_round(progress)
         self._say_start("anchor", missed)
@@ -235,6 +253,8 @@ class OuterSync:
         """What this rank owns, as it is now."""
         for rows in chain(self._engine.owned(with_moments=False), owned_buffers(self._model)):
             yield Rows(rows.name, rows.shape, rows.row_start, rows.master)
+        if self._masks is not None:
+            yield from self._masks.rows()
 
     def _write(self) -> None:
         """The shared weights become the model's, on all ranks."""
@@ -244,6 +264,8 @@ class OuterSync:
             return Owned(name, rows.shape, row_start, row_stop, rows.values, {})
 
         self._engine.write(read, None)
+        if self._masks is not None:
+            self._masks.install(min(self.replica.number * self._outer.inner_steps, self._steps))
         for name, values in self._model.buffers().items():
             if self._dims.rank == 0:
                 values.copy_(self.replica.rows[name, 0].values)

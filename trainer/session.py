@@ -113,7 +113,9 @@ class Session:
         if self.config.outer is None:
             return None
         place, dims, feed = self.place, self.dims, self._feed
-        outer = OuterSync(self.config, place, dims, self.engine, self.model, feed, self._event)
+        outer = OuterSync(
+            self.config, place, dims, self.engine, self.model, feed, self._event, self._sparse
+        )
         self._saver.parts["outer"] = outer
         return outer
 

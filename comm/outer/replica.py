@@ -14,7 +14,7 @@ way and hold the same bits.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict, replace
 
 from gossamer.comm.codec.bits import tensor_bits
@@ -32,6 +32,8 @@ from torch import float32, zeros_like
 
 SHARED_PREFIX = "outer state of "
 """Of a rule's shared buffers in an anchor."""
+MASK_PREFIX, WINDOW_PREFIX = "mask of ", "window of "
+"""Rows beside those of weights, averaged whole: which elements live, and what may decide it."""
 
 
 class Replica:
@@ -63,6 +65,9 @@ class Replica:
         self._whole = Averaging(replace(config, averaging=AveragingConfig()))
         self.pending: dict[int, list[Sent]] = {}
         """By round: what was sent and may count yet, so that it is not in the buffers."""
+        self.on_applied: Callable[[int], None] | None = None
+        """Called with the rounds behind the rows after each; may change rows and buffers, the same
+        on all replicas."""
         if number is None and anchors is not None and not self.rule.on_gradients:
             self._start(anchors, anchor)
 
@@ -142,8 +147,8 @@ class Replica:
         return format_hash(sum(_hash_of(each) for each in self.rows.values()))
 
     def _rule_of(self, name: str) -> OuterRule:
-        is_whole = name.endswith(KEPT_FLOAT32) and not self.rule.on_gradients
-        return self._whole if is_whole else self.rule
+        is_beside = name.endswith(KEPT_FLOAT32) or name.startswith((MASK_PREFIX, WINDOW_PREFIX))
+        return self._whole if is_beside and not self.rule.on_gradients else self.rule
 
     def _send(self, trained: Rows) -> Sent | None:
         if self.rule.on_gradients:
@@ -167,6 +172,8 @@ class Replica:
             self._rule_of(rows.name).step(rows, mean)
         self.number = settled.round + 1
         self._take_back(settled)
+        if self.on_applied is not None:
+            self.on_applied(self.number)
         is_mine = settled.written_by == self._exchange.identity.replica
         if self._anchors and is_mine and self.number % self._config.anchor_every_rounds == 0:
             self._put_anchor(self._anchors)

@@ -71,7 +71,7 @@ def checkpoints(folder: Path) -> dict[int, Checkpoint]:
 def test_masked_weights_and_moments_are_zero_and_n_of_m_holds(whole):
     changes = events(whole, "masks")
     assert [e["step"] for e in changes] == CHANGED_AT
-    assert [e["mask_version"] for e in changes] == list(range(1, len(CHANGED_AT) + 1))
+    assert [e["mask_version"] for e in changes] == CHANGED_AT
     for step, checkpoint in checkpoints(whole).items():
         kept = size = 0
         for name, shape in checkpoint.shapes.items():

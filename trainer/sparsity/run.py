@@ -37,7 +37,7 @@ class SparseRun:
     ) -> None:
         """`event` is called with the name and fields of what happened, on rank 0."""
         assert config.sparsity is not None
-        self._engine, self._event = engine, event
+        self.engine, self._event = engine, event
         shapes = _all_shapes(model)
         steps = config.sparsity.total_steps or sum(phase.max_steps for phase in config.phases)
         self.method: SparsityMethod = resolve(
@@ -45,12 +45,17 @@ class SparseRun:
         )(config.sparsity)
         self.names = self.method.begin(shapes, Horizon(steps, config.sparsity.total_tokens))
         self.shapes = {name: shapes[name] for name in self.names}
-        self._experts = expert_places(shapes)
-        self.version = self._step = self._tokens = 0
+        self.experts = expert_places(shapes)
+        """(MoE layer, expert) of every expert's tensor."""
+        self.shared: frozenset[str] = frozenset()
+        """Matrices whose masks the rounds with other replicas decide: see rounds.py."""
+        self.version = 0
+        """The step after which masks last changed; where there are rounds, those they decide."""
+        self._step = self._tokens = 0
         self._window: dict[str, int] = {}
         """Tokens that each expert's matrix saw since its window began."""
         self._plan, self._is_changed = StepPlan(), False
-        self._measure = Measure(self.shapes, self._experts, model.num_parameters()[0])
+        self._measure = Measure(self.shapes, self.experts, model.num_parameters()[0])
 
     # --- as the checkpoint has it ---------------------------------------------------------------
 
@@ -61,7 +66,7 @@ class SparseRun:
             "tokens": self._tokens,
             "version": self.version,
             "window": self._window,
-            "is_window_open": self._engine.masks.has_window,
+            "is_window_open": self.engine.masks.has_window,
             "measure": self._measure.state(),
             "alive": self._alive(),
         }
@@ -83,7 +88,7 @@ class SparseRun:
         self._ask()
         self._is_changed = True
         if state["is_window_open"]:
-            self._engine.masks.open_window()
+            self.engine.masks.open_window()
 
     # --- the loop's steps -----------------------------------------------------------------------
 
@@ -102,8 +107,8 @@ class SparseRun:
         if result.skipped:
             return {}
         scored = self._plan.scores
-        for name in scored & self._experts.keys():
-            layer, expert = self._experts[name]
+        for name in scored & self.experts.keys():
+            layer, expert = self.experts[name]
             self._window[name] = self._window.get(name, 0) + result.expert_load[layer][expert]
         told = self._measure.after_update(result, self._flows, scored)
         self._tokens += result.tokens
@@ -114,24 +119,57 @@ class SparseRun:
 
     def change(self) -> None:
         """Changes the masks that are due, once after each update. A collective call."""
-        names = self._plan.updates
+        names = self.due - self.shared if self._step else self.due
         if self._is_changed or not names:
             return
         self._is_changed = True
-        bands = [
-            self._band(rows) for rows in self._engine.owned(with_moments=True) if rows.name in names
-        ]
+        bands = self._bands(names)
         masks = self.method.update(bands, self._point(), dist.all_reduce)
+        self._put(names, bands, masks, self.version if self.shared else self._step)
+
+    def install(
+        self, step: int, names: frozenset[str], mask: Callable[[str, int], Tensor], version: int
+    ) -> None:
+        """The run is at `step`; masks of `names` are `mask(name, row_start)`, since step `version`.
+
+        A collective call.
+        """
+        if step != self._step:
+            self._step = step
+            self._ask()
+            self._is_changed = False
+        if names:
+            bands = self._bands(names)
+            self._put(names, bands, [mask(band.name, band.row_start) for band in bands], version)
+
+    @property
+    def due(self) -> frozenset[str]:
+        """Matrices whose masks change after this step."""
+        return self._plan.updates
+
+    def window_tokens(self, name: str) -> int:
+        """That an expert's matrix saw in the window."""
+        return self._window.get(name, 0)
+
+    # --- parts ----------------------------------------------------------------------------------
+
+    def _bands(self, names: frozenset[str]) -> list[Band]:
+        """What this rank owns of `names`."""
+        return [
+            self._band(rows) for rows in self.engine.owned(with_moments=True) if rows.name in names
+        ]
+
+    def _put(
+        self, names: frozenset[str], bands: list[Band], masks: list[Tensor], version: int
+    ) -> None:
         self._measure.masks_changed(self._step, names, bands, masks)
         by_place = {(b.name, b.row_start): m for b, m in zip(bands, masks, strict=True)}
-        self._engine.masks.set_masks(names, by_place, self._plan.reset_moments)
+        self.engine.masks.set_masks(names, by_place, self._plan.reset_moments)
         self._close_window(names)
-        self.version += 1
+        self.version = version
         targets = self.method.target(self._point())
         told = self._measure.masks_event(targets)
         self._event("masks", step=self._step, mask_version=self.version, **told)
-
-    # --- parts ----------------------------------------------------------------------------------
 
     def _point(self, ahead: int = 0) -> Point:
         return Point(self._step + ahead, self._tokens)
@@ -141,7 +179,7 @@ class SparseRun:
         self._plan = self.method.step(self._point())
         self._flows = {name: self.method.flow(name, self._point()) for name in self.names}
         then = {name: self.method.flow(name, self._point(1)) for name in self.names}
-        self._engine.masks.set_flows(self._flows, then, self._plan.scores)
+        self.engine.masks.set_flows(self._flows, then, self._plan.scores)
 
     def _band(self, rows: Owned) -> Band:
         return Band(
@@ -152,7 +190,7 @@ class SparseRun:
             mask_RC=rows.moments[MASK],
             gradient_RC=rows.moments.get(WINDOW),
             momentum_RC=rows.moments.get("exp_avg"),
-            tokens=self._window.get(rows.name, 0) if rows.name in self._experts else None,
+            tokens=self.window_tokens(rows.name) if rows.name in self.experts else None,
         )
 
     def _alive(self) -> dict[str, float]:
@@ -163,7 +201,7 @@ class SparseRun:
     def _close_window(self, names: frozenset[str]) -> None:
         for name in names:
             self._window.pop(name, None)
-        self._engine.masks.clear_window(names, is_over=not (self._window or self._plan.scores))
+        self.engine.masks.clear_window(names, is_over=not (self._window or self._plan.scores))
 
 
 def expert_places(shapes: Iterable[str]) -> dict[str, tuple[int, int]]:

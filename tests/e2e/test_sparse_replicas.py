@@ -1,0 +1,119 @@
+"""Replicas under one plan: the same masks on all, of any topology, whenever they came."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
+from outer_runs import STEPS, Fault, Running, finish, hashes, settings
+from tiny_run import events
+
+RIGL = {
+    "match": ["*.experts.*.gate_proj.weight", "*.experts.*.up_proj.weight"],
+    "distribution": {"kind": "erk"},
+    "schedule": {"density": 0.3, "every_steps": 2},
+    "regrow": {"criterion": "gradient", "window_steps": 2, "stop": 1.0},
+}
+SR_STE = {
+    "match": ["*.experts.*.down_proj.weight"],
+    "schedule": {"every_steps": 1},
+    "pattern": {"kind": "n_m", "n": 2, "m": 4},
+    "flow": {"kind": "ste", "decay": 2e-4},
+}
+GMP = {
+    "match": ["*.q_proj.weight"],
+    "schedule": {"kind": "polynomial", "density": 0.2, "every_steps": 2, "stop": 0.75},
+}
+PLAN = {"rules": [RIGL, SR_STE, GMP], "total_steps": STEPS}
+
+
+def sparse(replica: str, index: int, rounds: Path, rule: str, ranks: int = 1) -> dict:
+    found = settings(replica, index, 2, rounds, rule=rule)
+    return found | {"sparsity": PLAN, "parallel": {"expert": ranks, "zero_stage": int(ranks > 1)}}
+
+
+def last(folder: Path) -> Checkpoint:
+    return Checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+
+
+def changes(folder: Path) -> dict[int, tuple]:
+    """What the shared masks' changes were told to be, by step."""
+    return {
+        e["step"]: (e["mask_version"], e["density"], e["layer_density"])
+        for e in events(folder, "masks")
+        if not e["step"] % 2
+    }
+
+
+@pytest.fixture(scope="module", params=["diloco", "sparseloco"])
+def fleet(tmp_path_factory, request) -> dict[str, Path]:
+    """a is killed between two rounds and goes on; b has two ranks; c comes in the middle."""
+    if request.param == "sparseloco":
+        request.applymarker(pytest.mark.slow)
+    root = tmp_path_factory.mktemp(request.param)
+    folders = {name: root / name for name in "abc"}
+    a, b, c = (
+        sparse(name, i % 2, root / "rounds", request.param, ranks)
+        for i, (name, ranks) in enumerate([("a", 1), ("b", 2), ("c", 1)])
+    )
+    killed = Running(folders["a"], a, fault=Fault(after_update=5))
+    other = Running(folders["b"], b)
+    assert killed.ended() != [0], killed.error()
+    finish(Running(folders["c"], c), Running(folders["a"], a, attempt=2), other)
+    return folders | {"rounds": root / "rounds"}
+
+
+def test_all_replicas_hold_the_same_masks_at_the_plans_density(fleet):
+    a, b, c = (fleet[name] for name in "abc")
+    assert events(c, "outer_start")[0]["source"] == "anchor"
+    told, known = hashes(b), changes(b)
+    assert known.keys() == {0, 2, 4, 6, 8} and len(told) == 4
+    for folder in (a, c):
+        assert hashes(folder).items() <= told.items()
+        for step, change in changes(folder).items():
+            assert step == 0 or change == known[step], step
+    ends = [last(folder) for folder in (a, b, c)]
+    assert [end.step for end in ends] == [STEPS] * 3
+    for name, shape in ends[0].shapes.items():
+        one, *others = (end.read(name, 0, shape[0]) for end in ends)
+        for other in others:
+            assert torch.equal(one.master, other.master), name
+            if ends[0].has(name, "mask") and "down_proj" not in name:
+                assert torch.equal(one.moments["mask"], other.moments["mask"]), name
+    targets = {"q_proj": 0.2, "gate_proj": 0.3, "up_proj": 0.3}
+    for part, density in targets.items():
+        masks = [
+            ends[0].rows(name, 0, shape[0], "mask")
+            for name, shape in ends[0].shapes.items()
+            if part in name
+        ]
+        kept = sum(int(mask.sum()) for mask in masks)
+        assert abs(kept - density * sum(mask.numel() for mask in masks)) <= len(masks)
+
+
+def test_nothing_lives_off_the_mask(fleet):
+    for checkpoint in map(last, (fleet["a"], fleet["b"])):
+        buffers = {kind for kind, _ in checkpoint.kinds() if kind.startswith("outer")}
+        assert len(buffers) >= 2
+        for name, shape in checkpoint.shapes.items():
+            if not checkpoint.has(name, "mask") or "down_proj" in name:
+                continue
+            off = ~checkpoint.rows(name, 0, shape[0], "mask")
+            for kind in ("master", "exp_avg", "exp_avg_sq", *buffers):
+                if checkpoint.has(name, kind):
+                    assert not checkpoint.rows(name, 0, shape[0], kind)[off].any(), (name, kind)
+
+
+def test_what_is_sent_whole_is_what_is_kept(fleet, request):
+    if "sparseloco" in str(fleet["rounds"]):
+        pytest.skip("two bits an element, with positions")
+    checkpoint, sent = last(fleet["b"]), 0
+    for name, shape in checkpoint.shapes.items():
+        is_shared = checkpoint.has(name, "mask") and "down_proj" not in name
+        size = torch.Size(shape).numel()
+        sent += int(checkpoint.rows(name, 0, shape[0], "mask").sum()) if is_shared else size
+        sent += size if is_shared and "q_proj" not in name else 0  # dense gradients, to grow by
+    number = 3  # its masks are those of the end but for a few of q_proj
+    files = list((fleet["rounds"] / f"rounds/{number:08d}").glob("b-*.message"))
+    found = sum(file.stat().st_size for file in files)
+    assert len(files) == 2 and found < 1.15 * 4 * sent
