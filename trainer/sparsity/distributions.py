@@ -17,15 +17,20 @@ from collections.abc import Mapping, Sequence
 from gossamer.trainer.sparsity.config import DistributionConfig
 from gossamer.trainer.sparsity.method import Shapes
 
+POOLED = ("layer", "global")
+"""Kinds by which the matrices of a pool compete for its budget."""
+
 LAYER = re.compile(r"^(.*\blayers\.\d+)\.")
 
 
 def densities(config: DistributionConfig, shapes: Shapes, density: float) -> dict[str, float]:
-    """Density of each matrix, so that together they keep `density` of all elements.
+    """Density of each matrix, so that together they keep `density` of all elements; of kinds that
+    are pooled, `density` for each.
 
-    uniform and erk alone; floor and ceiling hold as far as `density` lets them. Raises ValueError
-    for what is no matrix.
+    Floor and ceiling hold as far as `density` lets them. Raises ValueError for what is no matrix.
     """
+    if config.kind in POOLED:
+        return dict.fromkeys(shapes, density)
     power = config.power if config.kind == "erk" else 0.0
     weights, sizes = [], []
     for name, shape in shapes.items():
