@@ -121,7 +121,7 @@ def _trained(sizes: Sizes, done: list[tuple[str, int]]) -> Iterator[Row]:
     """Each arm and seed in a process of its own, forked, so that imports are paid for once."""
     context = multiprocessing.get_context("fork")
     todo = [(a, s) for s in sizes.seeds for a in arms(sizes) if (a, s) not in done]
-    running: dict[int, tuple[Any, str, int, Path]] = {}
+    running: dict[Any, tuple[Any, str, int, Path]] = {}
     with tempfile.TemporaryDirectory() as folder:
         while todo or running:
             while todo and len(running) < WORKERS:
@@ -133,7 +133,7 @@ def _trained(sizes: Sizes, done: list[tuple[str, int]]) -> Iterator[Row]:
                 process.start()
                 running[process.sentinel] = process, arm, seed, answer
             for sentinel in wait(list(running)):
-                process, arm, seed, answer = running.pop(sentinel)  # type: ignore[index]
+                process, arm, seed, answer = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
                     raise RuntimeError(f"training {arm} with seed {seed} failed; see above")

@@ -33,7 +33,7 @@ def config_of(arm: str, seed: int, sizes: Sizes) -> TrainConfig:
     """The run of an arm."""
     plan = arms(sizes)[arm]
     steps = steps_of(plan, sizes.dense_steps)
-    hf = {
+    hf: dict[str, int | float | str | bool | None] = {
         "model_type": "qwen3_moe",
         "hidden_size": sizes.hidden,
         "num_hidden_layers": sizes.layers,
