@@ -169,12 +169,48 @@ class TrainConfig:
         )
         if self.outer is not None:
             self._check_outer(self.outer)
+            if self.sparsity is not None:
+                self._check_shared_masks(self.outer, self.sparsity)
         for name in ("num_experts", "num_local_experts", "n_routed_experts"):
             experts = self.model.hf.get(name)
             _require(
                 not isinstance(experts, int) or experts % self.parallel.expert == 0,
                 f"parallel.expert={self.parallel.expert} does not divide"
                 f" {name}={experts} of model.hf",
+            )
+
+    def _check_shared_masks(self, outer: OuterConfig, sparsity: SparsityConfig) -> None:
+        """Masks change where rounds end, by what all replicas know."""
+        non_finite, rounds = self.optim.non_finite, f"outer.inner_steps={outer.inner_steps}"
+        _require(outer.rule != "dgc", "outer.rule is dgc with sparsity; expected another rule")
+        _require(non_finite == "raise", f"optim.non_finite is {non_finite}; expected raise")
+        total = sparsity.total_steps or sum(phase.max_steps for phase in self.phases)
+        for number, rule in enumerate(sparsity.rules):
+            where, every = f"sparsity.rules[{number}]", rule.schedule.every_steps
+            end = round(rule.end.at * total)
+            _require(
+                rule.flow.kind != "masked"
+                or (
+                    every % outer.inner_steps == 0
+                    and (end % outer.inner_steps == 0 or end == total)
+                ),
+                f"{where}: schedule.every_steps is {every} and end.at step {end}; expected"
+                f" multiples of {rounds}",
+            )
+            _require(
+                rule.flow.kind == "masked" or outer.inner_steps % every == 0,
+                f"{where}.schedule.every_steps is {every}; expected a divisor of {rounds}, for"
+                " masks follow the weights that a round makes",
+            )
+            _require(
+                rule.schedule.unit != "tokens",
+                f"{where}.schedule.unit is tokens with outer; expected steps or compute",
+            )
+            used = {rule.criterion, rule.regrow.criterion}
+            _require(
+                rule.flow.kind != "masked" or "momentum" not in used,
+                f"{where} uses the momentum with outer; expected another criterion, for replicas"
+                " have their own",
             )
 
     def _check_outer(self, outer: OuterConfig) -> None:

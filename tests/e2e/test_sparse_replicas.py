@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gossamer.launch.recipe import build_config
 from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
+from gossamer.trainer.config import TrainConfig
 from outer_runs import STEPS, Fault, Running, finish, hashes, settings
 from tiny_run import events
 
@@ -117,3 +119,20 @@ def test_what_is_sent_whole_is_what_is_kept(fleet, request):
     files = list((fleet["rounds"] / f"rounds/{number:08d}").glob("b-*.message"))
     found = sum(file.stat().st_size for file in files)
     assert len(files) == 2 and found < 1.15 * 4 * sent
+
+
+def test_masks_that_replicas_cannot_agree_on_are_refused(tmp_path):
+    good = sparse("a", 0, tmp_path, "diloco")
+    every_3 = {"density": 0.3, "every_steps": 3}
+    for change, message in (
+        ({"schedule": every_3}, "expected multiples of outer.inner_steps=2"),
+        ({"schedule": every_3, "flow": {"kind": "ste"}}, "expected a divisor"),
+        ({"schedule": {"every_steps": 2, "unit": "tokens"}}, "expected steps or compute"),
+        ({"schedule": {"every_steps": 2}, "criterion": "momentum"}, "uses the momentum"),
+    ):
+        plan = {"rules": [{"match": ["*.q_proj.weight"]} | change], "total_tokens": 1000}
+        with pytest.raises(ValueError, match=message):
+            build_config(TrainConfig, good | {"sparsity": plan}, "train")
+    with pytest.raises(ValueError, match="outer.rule is dgc with sparsity"):
+        dgc = {"optim": {"beta1": 0.0}, "outer": good["outer"] | {"rule": "dgc", "inner_steps": 1}}
+        build_config(TrainConfig, good | dgc, "train")
