@@ -134,5 +134,8 @@ def test_masks_that_replicas_cannot_agree_on_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message):
             build_config(TrainConfig, good | {"sparsity": plan}, "train")
     with pytest.raises(ValueError, match="outer.rule is dgc with sparsity"):
-        dgc = {"optim": {"beta1": 0.0}, "outer": good["outer"] | {"rule": "dgc", "inner_steps": 1}}
+        dgc = {
+            "optim": {"beta1": 0.0},
+            "outer": good["outer"] | {"rule": "dgc", "inner_steps": 1} | {"exchange": "collective"},
+        }
         build_config(TrainConfig, good | dgc, "train")
