@@ -6,6 +6,9 @@ in YAML under `train.sparsity`.
 
 from __future__ import annotations
 
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
 from gossamer.trainer.sparsity.config import (
     DistributionConfig,
     EndConfig,
@@ -97,6 +100,9 @@ RECIPES: dict[str, SparsityConfig] = {
             regrow=GRANET,
         )
     ),
+    "granet_uniform": _one(
+        RuleConfig(schedule=ScheduleConfig(kind="polynomial", density=0.1, stop=0.3), regrow=GRANET)
+    ),
     # N:M from scratch by STE, and SR-STE (2102.04010)
     "ste": _one(RuleConfig(pattern=TWO_OF_FOUR, schedule=EVERY_STEP, flow=FlowConfig(kind="ste"))),
     "sr_ste": _one(
@@ -151,3 +157,17 @@ RECIPES: dict[str, SparsityConfig] = {
         )
     ),
 }
+
+
+def as_tree(value: Any) -> Any:  # noqa: ANN401
+    """A config as plain dicts and lists, without what is at its default: as YAML has it."""
+    if isinstance(value, tuple):
+        return [as_tree(each) for each in value]
+    if not is_dataclass(value):
+        return value
+    told = [field for field in fields(value) if getattr(value, field.name) != _default(field)]
+    return {field.name: as_tree(getattr(value, field.name)) for field in told}
+
+
+def _default(field: Field) -> Any:  # noqa: ANN401
+    return field.default if field.default_factory is MISSING else field.default_factory()
