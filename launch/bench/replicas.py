@@ -8,10 +8,10 @@ was cut off goes on from it.
 
 Columns of a row: `tokens` all replicas trained; `loss` held-out, nats a token, at the end;
 `wire_bytes` that one replica gave the exchange in all (frames; for ddp fp32 gradients);
-`link_bytes` that left its host, copies to each other replica and TCP counted; `exchange_s` median
+`link_bytes` that left its host, copies to each other replica and TCP counted; `exchange_s` least
 seconds of an exchange, from sending to new weights; `wall_s` composed; `utilisation` the share of
-it that is inner steps; `tokens_to_target` and `wall_to_target_s` until the held-out loss was first
-at most `target_loss`, null if it never was.
+it that is inner steps (`median_utilisation`: with the median exchange); `tokens_to_target` and
+`wall_to_target_s` until the held-out loss was first at most `target_loss`, null if it never was.
 """
 
 from __future__ import annotations

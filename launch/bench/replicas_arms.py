@@ -80,6 +80,8 @@ class Arm:
     """The last replica leaves for good at half-time."""
     scale: float = 1.0
     """Replica 0 sends so many times what it changed."""
+    longer: int = 1
+    """Times as many rounds."""
 
     @property
     def every_step(self) -> bool:
@@ -172,6 +174,7 @@ def questions(best: Callable[[str], Arm]) -> Iterator[Training]:
         "clipping, one sends 1000 times too much": [
             replace(main, clip_to_median=clip, scale=1000.0) for clip in (0.0, 1.0, 3.0)
         ],
+        "three times as many rounds": [replace(a, longer=3) for a in (best("averaging"), main)],
         "divided by all replicas": [
             replace(main, aggregation="replicas", outer_lr=lr)
             for lr in (whole / 2, whole, 2 * whole)

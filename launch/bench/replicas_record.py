@@ -12,10 +12,10 @@ import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
-from gossamer.launch.bench.replicas_arms import MODELS, Arm, Sizes, Training
+from gossamer.launch.bench.replicas_arms import MAIN_DENSITY, MODELS, Arm, Sizes, Training
 from gossamer.launch.bench.sync import machine
 from gossamer.launch.summary import write_whole
 
@@ -49,11 +49,12 @@ class Record:
 
     def is_trained(self, training: Training) -> bool:
         """Whether its arm was trained, whatever for; what it is wanted for now is noted as well."""
-        wanted = {**asdict(training), "purpose": ""}
+        wanted = training.model, training.seed, training.arm
         for each in self._data["trainings"]:
-            if {**each["training"], "purpose": ""} == wanted:
-                purposes = {each["training"]["purpose"], *each.get("also", ())}
-                each["also"] = sorted({*purposes, training.purpose} - {each["training"]["purpose"]})
+            found = each["training"]
+            if (found["model"], found["seed"], arm_of(each)) == wanted:
+                more = {*each.get("also", ()), training.purpose} - {found["purpose"]}
+                each["also"] = sorted(more)
                 return True
         return False
 
@@ -84,14 +85,10 @@ class Record:
         """Composes the rows."""
         targets, steps_s = {}, {}
         for model in MODELS:
-            own = [e for e in self._data["trainings"] if e["training"]["model"] == model]
-            ends = [
-                each["curve"][-1][1]
-                for each in self._of("grid")
-                if each in own and arm_of(each).rule == "averaging"
-            ]
+            own = [each for each in self._of("grid") if each["training"]["model"] == model]
+            ends = [each["curve"][-1][1] for each in own if _sets_target(arm_of(each))]
             if ends:
-                targets[model] = mean(ends)
+                targets[model] = max(ends)
                 steps_s[model] = median(each["step_s"] for each in own)
         self._data |= {"target_loss": targets, "step_s": steps_s}
         self._data["load_average"] = round(os.getloadavg()[1], 1)
@@ -120,19 +117,20 @@ class Record:
         }
         links = self._links(model, arm)
         for link in links:
-            exchange_s = median(link["exchange_s"])
-            wall_s = compute_s + exchanges * exchange_s
+            least_s, median_s = min(link["exchange_s"]), median(link["exchange_s"])
+            wall_s = compute_s + exchanges * least_s
             yield shared | {
                 "link_mbit": link["link_mbit"],
                 "link_bytes": round(link["link_bytes"] / link["exchanges"] * exchanges),
-                "exchange_s": exchange_s,
+                "exchange_s": least_s,
                 "wall_s": wall_s,
                 "utilisation": compute_s / wall_s,
+                "median_utilisation": compute_s / (compute_s + exchanges * median_s),
                 "wall_to_target_s": reached and wall_s * reached / tokens,
             }
         if not links:
-            timed = ("link_mbit", "link_bytes", "exchange_s", "wall_s", "utilisation")
-            yield shared | dict.fromkeys((*timed, "wall_to_target_s"))
+            timed = "link_mbit link_bytes exchange_s wall_s utilisation median_utilisation"
+            yield shared | dict.fromkeys([*timed.split(), "wall_to_target_s"])
 
     def _step_s(self, model: str) -> float:
         return self._data["step_s"][model]
@@ -150,6 +148,12 @@ class Record:
 
     def _save(self) -> None:
         write_whole(self._path, json.dumps(self._data, indent=1))
+
+
+def _sets_target(arm: Arm) -> bool:
+    """The target is what these came to with every seed."""
+    is_main = arm.density in (None, MAIN_DENSITY) and arm.error_feedback is not False
+    return is_main and arm.rule in ("ddp", "averaging", "diloco", "sparseloco")
 
 
 def arm_of(measured: Row) -> Arm:

@@ -125,6 +125,7 @@ def train_in_threads(training: Training, sizes: Sizes) -> Answer:
     """The whole training, all replicas in this process. Raises RuntimeError if one fails, or two
     that should end with the same weights do not."""
     arm, seed = training.arm, training.seed
+    sizes = replace(sizes, rounds=sizes.rounds * arm.longer)
 
     def expected(number: int) -> int:
         everyone = range(sizes.replicas)

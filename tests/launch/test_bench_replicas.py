@@ -87,6 +87,8 @@ def test_who_is_away_and_who_lies_matters_and_replicas_end_alike():
     ends = [train_in_threads(of(arm), SIZES)["curve"][-1][1] for arm in arms]
     assert len(set(ends)) == len(arms)
     assert train_in_threads(of(arms[0]), SIZES)["curve"][-1][1] == ends[0]
+    longer = train_in_threads(of(replace(arms[0], longer=2)), SIZES)["curve"]
+    assert longer[-1][0] == 2 * SIZES.steps * SIZES.step_tokens
 
 
 def test_two_replicas_at_least_are_there_and_the_one_that_left_stays_away():
@@ -125,6 +127,7 @@ def made_up(path, losses: dict[tuple[str, int], list[float]]) -> replicas_record
     """A record of trainings whose curves are given by (rule, seed), a link, and a check."""
     record = replicas_record.Record(path, QUICK, f"{replicas.COMMAND} --quick")
     arms = {"averaging": Arm(rule="averaging"), "sparseloco": sparseloco()}
+    arms["without"] = sparseloco(error_feedback=False)
     for (rule, seed), curve in losses.items():
         tokens = QUICK.inner_steps * QUICK.step_tokens
         points = [(tokens * (at + 1), loss) for at, loss in enumerate(curve)]
@@ -148,15 +151,18 @@ def test_rows_are_composed_and_the_table_says_who_never_came_to_the_target(tmp_p
         ("averaging", 2): [5.0, 4.0, 3.4],
         ("sparseloco", 1): [5.0, 3.1, 3.0],
         ("sparseloco", 2): [5.0, 3.9, 3.8],
+        ("without", 1): [5.0, 4.9, 4.8],
+        ("without", 2): [5.0, 3.9, 3.7],
     }
     made_up(path, curves).finish()
     rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 4 and set(COLUMNS.split()) <= set(rows[0])
-    averaging, _, sparse, never = rows
+    assert len(rows) == 6 and set(COLUMNS.split()) <= set(rows[0])
+    averaging, _, sparse, _, never, _ = rows
     # six steps of half a second, three exchanges of two
     assert averaging["wall_s"] == pytest.approx(6 * 0.5 + 3 * 2.0)
     assert averaging["utilisation"] == pytest.approx(1 / 3)
-    assert averaging["link_bytes"] == 3000 and averaging["target_loss"] == pytest.approx(3.3)
+    assert averaging["link_bytes"] == 3000 and averaging["target_loss"] == 3.8
+    # the first two of its rounds were enough
     assert sparse["tokens_to_target"] * 3 == sparse["tokens"] * 2
     assert sparse["wall_to_target_s"] == pytest.approx(2 / 3 * (3.0 + 0.3))
     assert never["tokens_to_target"] is None and never["wall_to_target_s"] is None
@@ -165,7 +171,8 @@ def test_rows_are_composed_and_the_table_says_who_never_came_to_the_target(tmp_p
     assert main(["bench", "table", str(path), "--into", str(page)]) == 0
     text = page.read_text()
     assert "| averaging | 2 | 3.300 [3.200, 3.400] |" in text and "\nold\n" not in text
-    assert "| sparseloco 3.1 % | 2 | 3.400 [3.000, 3.800] |" in text and "(1 of 2)" in text
+    assert "| sparseloco 3.1 % | 2 | 3.400 [3.000, 3.800] |" in text
+    assert "| sparseloco 3.1 %, no error feedback | 2 |" in text and "(1 of 2)" in text
     assert (
         "composed for a core each: 3.3 s, with that computing 4.3 s. Loss 3.000000 (to the bit)"
         in text
