@@ -6,11 +6,16 @@ The one idea: parse first, import later; `--help` and `validate` load neither to
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+import threading
 from pathlib import Path
 
 from gossamer.launch.log_cli import add_log_commands
 from gossamer.launch.place import add_place_command
+from gossamer.launch.prometheus import add_metrics_command
+from gossamer.launch.submit import add_submit_commands
+from gossamer.launch.top import add_top_command
 
 PLACES = ("cluster.", "train.outer.url=")
 """What begins an override of `resume`."""
@@ -24,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes overrides behind an option for strays
         arguments.overrides += rest
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _as_ctrl_c)  # `ray job stop`, systemd, Slurm
     try:
         return arguments.run(arguments) or 0
     except (ValueError, OSError, RuntimeError) as error:
@@ -35,6 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         print("gossamer: " + "; ".join(filter(None, ["stopped", str(error)])), file=sys.stderr)
         return 130
+
+
+def _as_ctrl_c(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -78,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--step", type=int, metavar="N", help="default: the newest whole one")
     command.set_defaults(run=_export)
     _add_upcycle(commands.add_parser("upcycle", help="make a dense HF folder's MLPs into experts"))
+    add_submit_commands(commands)
+    add_top_command(commands.add_parser("top", help="watch a run, and who waits in it"))
+    add_metrics_command(commands.add_parser("metrics", help="a run's numbers, for Prometheus"))
     add_place_command(commands.add_parser("place", help="say where experts should live"))
     add_log_commands(commands.add_parser("log", help="look at a weight log, tend it, pass it on"))
     _add_bench(commands.add_parser("bench", help="measure, beside what others do"))
@@ -125,6 +139,10 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     sparsity.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
     sparsity.add_argument("--quick", action="store_true", help="tiny: says nothing about losses")
     sparsity.set_defaults(run=_bench_sparsity)
+    rl = benches.add_parser("rl", help="samples a second and who waits, and how sparse RL is")
+    rl.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
+    rl.add_argument("--quick", action="store_true", help="three short runs, a minute or two")
+    rl.set_defaults(run=_bench_rl)
     table = benches.add_parser("table", help="the rows of a benchmark as Markdown")
     table.add_argument("json", type=Path)
     table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")

@@ -10,35 +10,52 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gossamer.launch.config import RunConfig
 
+SETTINGS = {
+    # read by Ray when its modules are imported
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # by default Ray lets any other process of the machine go before its workers
+    "RAY_worker_niceness": "0",
+    # ranks and engines are processes with one thread each unless their owner says otherwise
+    "OMP_NUM_THREADS": "1",
+}
+"""Environment of every process of a run, where its owner does not say otherwise."""
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it for what it runs as a job."""
+
 
 @contextmanager
 def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
     """Joins the cluster that the config names, or starts one; leaves it afterwards."""
-    # read by Ray when its modules are imported
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # by default Ray lets any other process of the machine go before its workers
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    # ranks and engines are processes with one thread each unless their owner says otherwise
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     import ray
 
-    address = config.cluster.address
+    # the driver of a Ray job joins the cluster that runs it
+    address = config.cluster.address or ("auto" if JOB_VARIABLE in os.environ else None)
+    # workers of a cluster that is there inherit nothing of this process
+    settings = {name: os.environ[name] for name in SETTINGS}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address=address or "local",  # else one that happens to run on this machine is joined
             num_cpus=None if address else _cpus_wanted(config),
             include_dashboard=None if address else False,
+            runtime_env={"env_vars": settings} if address else None,
             log_to_driver=False,
             logging_level=logging.WARNING,
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray put an exit in its place
         if (node := ray._private.worker._global_node) is not None:  # None for a ray:// address
             link = run_dir / "logs" / "ray"
             link.unlink(missing_ok=True)

@@ -52,7 +52,9 @@ def add_log_commands(parser: argparse.ArgumentParser) -> None:
         help="parts outlive their manifest this long: a pass deletes those of earlier passes",
     )
     command = add("serve", "offer the log over HTTP", _serve)
-    command.add_argument("--host", default="127.0.0.1")
+    command.add_argument(
+        "--host", default="127.0.0.1", help="others than this machine need $GOSSAMER_LOG_TOKEN"
+    )
     command.add_argument("--port", type=int, default=8470, help="0: a free one")
     command.add_argument(
         "--writable", action="store_true", help="any folder, that whoever may read may write"
@@ -153,8 +155,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     import threading
 
     from gossamer.comm.store import open_store
+    from gossamer.comm.store.http import TOKEN_VARIABLE
     from gossamer.comm.store.serve import serve
+    from gossamer.launch.endpoint import token_for
 
+    token_for(arguments.host, TOKEN_VARIABLE)
     if arguments.writable:
         store, what = open_store(arguments.log, create=True), arguments.log
     else:
