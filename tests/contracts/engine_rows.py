@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from gossamer.parallel.engine import Owned
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from test_engine_contract import World
 
 Snapshot = dict[str, Tensor]
 """Owned rows by kind|name|row_start."""
@@ -46,6 +50,34 @@ def rows_in(folder: Path) -> Callable[[str, int, int], Owned]:
         return Owned(name, shape, start, stop, kinds.pop("master"), kinds)
 
     return read
+
+
+def by_owners(world: World, is_replicated: bool) -> dict:
+    """Owners write their rows halved, without moments; and, in stage 0, double the gradient."""
+    engine, before, weights = world.engine, world.snapshot(), world.weights()
+    halves = {(o.name, o.row_start): o.master / 2 for o in engine.owned(with_moments=False)}
+    engine.write(lambda name, *rows: Owned(name, (), *rows, halves[name, rows[0]], {}), None)
+    expected = {k: v / 2 if k.startswith("master") else v for k, v in before.items()}
+    seen = {
+        "changed_otherwise": different(expected, world.snapshot())
+        + different({n: w / 2 for n, w in weights.items()}, world.weights()),
+        "updates_after": engine.num_updates,
+    }
+    if not is_replicated:
+        return seen
+    world.losses(1)
+    plain, doubled = world.norm, []
+    engine.write(lambda name, *rows: Owned(name, (), *rows, halves[name, rows[0]], {}), None)
+
+    def double(owned: list[Owned]) -> None:
+        doubled.extend((rows.name, rows.row_start) for rows in owned)
+        for rows in owned:
+            rows.master.mul_(2)
+
+    engine.on_gradient = double
+    world.losses(1)
+    engine.on_gradient = None
+    return seen | {"times": world.norm / plain, "all": set(doubled) == set(halves)}
 
 
 def whole(ranks: list[dict], when: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from engine_rows import Snapshot, assert_close, different, rows_in, share_rows, whole
+from engine_rows import Snapshot, assert_close, by_owners, different, rows_in, share_rows, whole
 from gloo_world import run_world
 from gossamer.comm.names import logical_views
 from gossamer.parallel.config import ParallelConfig
@@ -180,6 +180,8 @@ def go_through_everything(
     engine.write(rows_in(other_layout), num_updates=1)
     seen["from_other_layout"], seen["losses_from_other_layout"] = world.snapshot(), world.losses(2)
     engine.write(masters, num_updates=1)
+    seen |= by_owners(world, is_replicated=layout[2] == 0)
+    engine.write(masters, num_updates=1)
     seen["before_moving"] = world.snapshot()
     seen |= moves(world) | refusals(world, masters)
     return seen
@@ -315,6 +317,13 @@ def test_what_is_written_is_owned_and_goes_on_bit_by_bit(ranks):
         assert rank["changed_by_going_on"] == []
         assert rank["num_updates"] == 3
         assert len(set(rank["losses"])) == 3
+
+
+def test_owners_write_for_all_and_may_change_the_gradient(ranks, layout):
+    for rank in ranks:
+        assert rank["changed_otherwise"] == [] and rank["updates_after"] == 1
+        if layout[2] == 0:
+            assert rank["times"] == 2 and rank["all"]
 
 
 def test_another_layouts_state_goes_on_with_its_losses(ranks, writer, layout):
