@@ -21,7 +21,9 @@ LINKS_MBIT = (10, 100, 1000)
 DENSITIES = (1 / 128, 1 / 64, 1 / 32, 1 / 8)
 """0.8, 1.6, 3.1 and 12.5 %."""
 MAIN_DENSITY, DGC_DENSITY = 1 / 32, 1 / 64
-TUNING_SEED, SEEDS, ABLATION_SEEDS = 0, (1, 2, 3), (1, 2)
+TUNING_SEED = 0
+SEEDS: tuple[int, ...] = (1, 2, 3)
+ABLATION_SEEDS = (1, 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -68,7 +68,7 @@ class Hall:
         self._found.pop(("mean", step - 2), None)
 
         def average(parts: dict[str, Tensor]) -> Tensor:
-            return sum(parts[name] for name in sorted(parts)) / len(parts)
+            return torch.stack([parts[name] for name in sorted(parts)]).mean(0)
 
         flat.copy_(self.find("mean", step, self._replicas, average))
 
@@ -148,11 +148,11 @@ class Network:
         """`own` address of this rank, `first` of rank 0, which listens at `port`."""
         timeout = timedelta(seconds=TIMEOUT_S)
         store = dist.TCPStore(first, port, size, rank == 0, timeout=timeout)
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timeout
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=own)]
+        gloo: Any = dist.ProcessGroupGloo  # its stub knows nothing of devices
+        options = gloo._Options()
+        options._timeout, options._devices = timeout, [gloo.create_device(hostname=own)]
         # not torch's default group: to the model, this replica is alone
-        self.group = dist.ProcessGroupGloo(store, rank, size, options)
+        self.group: dist.ProcessGroup = gloo(store, rank, size, options)
         self.turn: AbstractContextManager[Any] = nullcontext()
         self.waits = True
         """Whether `ready` waits."""

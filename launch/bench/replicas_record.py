@@ -65,7 +65,7 @@ class Record:
 
     def models_and_arms(self) -> list[tuple[str, Arm]]:
         """What was trained for the grid, one for each model, rule and density."""
-        found = {}
+        found: dict[tuple, tuple[str, Arm]] = {}
         for each in self._of("grid"):
             arm, model = arm_of(each), each["training"]["model"]
             found.setdefault((model, arm.rule, arm.density), (model, arm))

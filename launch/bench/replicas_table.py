@@ -60,7 +60,7 @@ def _of_model(model: str, target: float, rows: list[Row]) -> list[str]:
     heads = [f"{link:g} Mbit/s: s to target, utilisation" for link in links]
     lines = [
         f"**{model}**; target: a held-out loss of {target:.3f}, which DDP, averaging, DiLoCo and"
-        " SparseLoCo 3.1 % all came to with every seed",
+        " SparseLoCo 3.12 % all came to with every seed",
         "",
         _line([*COLUMNS, *heads]),
         "|" + "---|" * (len(COLUMNS) + len(heads)),
@@ -119,7 +119,7 @@ def _questions(result: Row) -> list[str]:
                 found.setdefault(key, []).append(each["curve"][-1][1])
     if not found:
         return []
-    lines = ["", "**Beside the grid**, dense model, SparseLoCo at 3.1 %", ""]
+    lines = ["", "**Beside the grid**, dense model, SparseLoCo at 3.12 %", ""]
     lines += [_line(["question", "arm", "seeds", "loss"]), "|---|---|---|---|"]
     for (purpose, arm), losses in found.items():
         lines.append(_line([purpose, arm, str(len(losses)), _range(losses, "{:.3f}")]))
@@ -158,9 +158,9 @@ def _asked(arm: Row) -> str:
 
 def _name(arm: Row) -> str:
     names = {"ddp": "AdamW-DDP", "dgc": "top-k every step (dgc)"}
-    name = names.get(arm["rule"], arm["rule"])
+    name: str = names.get(arm["rule"]) or arm["rule"]
     if arm["density"] is not None:
-        name += f" {100 * arm['density']:.2g} %"
+        name += f" {100 * arm['density']:.3g} %"
     return name if arm["error_feedback"] is not False else f"{name}, no error feedback"
 
 

@@ -171,8 +171,8 @@ def test_rows_are_composed_and_the_table_says_who_never_came_to_the_target(tmp_p
     assert main(["bench", "table", str(path), "--into", str(page)]) == 0
     text = page.read_text()
     assert "| averaging | 2 | 3.300 [3.200, 3.400] |" in text and "\nold\n" not in text
-    assert "| sparseloco 3.1 % | 2 | 3.400 [3.000, 3.800] |" in text
-    assert "| sparseloco 3.1 %, no error feedback | 2 |" in text and "(1 of 2)" in text
+    assert "| sparseloco 3.12 % | 2 | 3.400 [3.000, 3.800] |" in text
+    assert "| sparseloco 3.12 %, no error feedback | 2 |" in text and "(1 of 2)" in text
     assert (
         "composed for a core each: 3.3 s, with that computing 4.3 s. Loss 3.000000 (to the bit)"
         in text
