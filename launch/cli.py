@@ -14,6 +14,7 @@ from pathlib import Path
 from gossamer.launch.log_cli import add_log_commands
 from gossamer.launch.place import add_place_command
 from gossamer.launch.prometheus import add_metrics_command
+from gossamer.launch.sparsity_cli import add_sparsity_commands
 from gossamer.launch.submit import add_submit_commands
 from gossamer.launch.top import add_top_command
 
@@ -93,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add_top_command(commands.add_parser("top", help="watch a run, and who waits in it"))
     add_metrics_command(commands.add_parser("metrics", help="a run's numbers, for Prometheus"))
     add_place_command(commands.add_parser("place", help="say where experts should live"))
+    add_sparsity_commands(commands.add_parser("sparsity", help="sparse plans, before one runs"))
     add_log_commands(commands.add_parser("log", help="look at a weight log, tend it, pass it on"))
     _add_bench(commands.add_parser("bench", help="measure, beside what others do"))
     return parser
