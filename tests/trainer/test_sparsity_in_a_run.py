@@ -1,0 +1,98 @@
+"""A run's state around changes of masks: what was pruned is gone, what grew starts at nothing."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from gloo_world import run_world
+from gossamer.launch.recipe import build_config
+from gossamer.trainer.config import TrainConfig
+from gossamer.trainer.prepare import prepare_run
+from tiny_run import SETTINGS
+
+STEPS, DENSE_AT = 7, 6
+RIGL = {
+    "match": ["*.experts.*_proj.weight"],
+    "distribution": {"kind": "erk"},
+    "schedule": {"density": 0.4, "every_steps": 2},
+    "regrow": {"criterion": "gradient", "share": 0.5, "stop": 1.0},
+}
+SPDF = {
+    "match": ["*.self_attn.*_proj.weight"],
+    "schedule": {"density": 0.25},
+    "end": {"kind": "densify", "at": DENSE_AT / STEPS, "reset_moments": True, "rewarm_steps": 3},
+}
+
+
+def settings(world: int) -> dict:
+    phase = {"name": "pretrain", "kind": "next_token", "max_steps": STEPS, "lr": 0.01}
+    found = copy.deepcopy(SETTINGS)
+    found |= {"phases": [phase], "sparsity": {"rules": [RIGL, SPDF]}, "task": None}
+    found["data"]["task_share"] = 0.0
+    found["parallel"] = {"expert": world, "zero_stage": world - 1}
+    return found
+
+
+def watched(run_dir: str, world: int) -> dict[str, list]:
+    """Of each change: (step, density before, after, grown, weights and moments of grown that are
+    not 0, the same of what is masked)."""
+    from gossamer.trainer.session import RunPlace, Session
+
+    config = build_config(TrainConfig, settings(world), "train")
+    session = Session(
+        config, RunPlace(run_dir=Path(run_dir), name="test"), None, on_checkpoint=lambda step: None
+    )
+    session.start()
+    phase, seen = session.phase(), {"experts": [], "self_attn": [], "lr": []}
+
+    def rows() -> dict:
+        found = {}
+        for each in session.engine.owned(with_moments=True):
+            if "mask" in each.moments:
+                kept = {"master": each.master, **each.moments}
+                found[each.name, each.row_start] = {k: v.clone() for k, v in kept.items()}
+        return found
+
+    for step in range(1, STEPS + 1):
+        session.update(phase)
+        seen["lr"].append(session._lr)
+        before = rows()
+        session.sync_replicas(phase)
+        after = rows()
+        for kind in ("experts", "self_attn"):
+            count = torch.zeros(5, dtype=torch.int64)
+            for place in (place for place in after if kind in place[0]):
+                old, new = before[place]["mask"], after[place]["mask"]
+                grown = new & ~old
+                state = [after[place][key] for key in ("master", "exp_avg", "exp_avg_sq")]
+                count += torch.tensor(
+                    [
+                        int(old.sum()),
+                        int(new.sum()),
+                        int(grown.sum()),
+                        sum(int(values[grown].count_nonzero()) for values in state),
+                        sum(int(values[~new].count_nonzero()) for values in state),
+                    ]
+                )
+            dist.all_reduce(count)
+            seen[kind].append([step, *count.tolist()])
+    return seen
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_rigl_and_spdf_change_masks_and_nothing_of_the_old_weights_stays(tmp_path, world):
+    prepare_run(build_config(TrainConfig, settings(world), "train"), tmp_path, "test")
+    seen, *others = run_world(watched, world, str(tmp_path), world)
+    assert others == [seen] * (world - 1)
+    changed = [step for step, _, _, grown, _, _ in seen["experts"] if grown]
+    assert changed == [2, 4, 6]
+    for step, before, after, _, alive, masked in seen["experts"]:
+        assert before == after, step
+        assert alive == masked == 0, step
+    for step, before, after, grown, alive, masked in seen["self_attn"]:
+        assert masked == 0
+        assert (grown, alive) == ((after - before, 0) if step == DENSE_AT else (0, 0))
+    assert seen["self_attn"][-1][1] == 4 * seen["self_attn"][0][1]
+    assert seen["lr"] == pytest.approx([0.01] * DENSE_AT + [0.01 / 3])
