@@ -129,6 +129,7 @@ class EngineActor:
                 bytes=hop.nbytes if hop else 0,
                 density=manifest.num_changed / manifest.num_elements,
                 stage_s=stage_s,
+                commit_s=time.perf_counter() - start_s - stage_s,
                 pause_s=committed.pause_s,
             )
             return True
