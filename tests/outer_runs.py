@@ -113,6 +113,19 @@ def _arm(session: Any, fault: Fault) -> None:  # noqa: ANN401
     outer._rows = faulty_rows
 
 
+def _rollouts(config: Any, run_dir: Path) -> Any:  # noqa: ANN401
+    """Engines in rank 0's process, where a phase wants them."""
+    from gossamer.trainer.model import hf_config
+    from gossamer.trainer.prepare import load_run_tokenizer
+    from local_rollouts import LocalRollouts
+    from torch.distributed import get_rank
+
+    if get_rank() or all(phase.kind != "grpo" for phase in config.phases):
+        return None
+    fields = load_run_tokenizer(run_dir).hf_fields()
+    return LocalRollouts(run_dir, hf_config(config.model, fields).to_dict(), 1)
+
+
 def run_replica(run_dir: str, config: dict, attempt: int, fault: Fault | None) -> None:
     """One rank of one attempt, in a world that is there already."""
     from gossamer.launch.controller import newest_checkpoint
@@ -124,7 +137,7 @@ def run_replica(run_dir: str, config: dict, attempt: int, fault: Fault | None) -
     built, folder = build_config(TrainConfig, config, "train"), Path(run_dir)
     newest = newest_checkpoint(folder, built.checkpoint.url)
     place = RunPlace(run_dir=folder, name="test", attempt=attempt, resume_from=newest)
-    session = Session(built, place, None, on_checkpoint=lambda step: None)
+    session = Session(built, place, _rollouts(built, folder), on_checkpoint=lambda step: None)
     if fault is not None:
         _arm(session, fault)
     train(session)
