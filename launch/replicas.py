@@ -45,6 +45,7 @@ from gossamer.launch.replicas_members import (
     rounds_url,
 )
 from gossamer.launch.replicas_report import write_fleet_report
+from gossamer.launch.summary import of_kind, read_events
 from gossamer.launch.thin_link import thin_links
 from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
 from gossamer.trainer.prepare import prepare_run
@@ -81,6 +82,8 @@ def resume_replicas(config: RunConfig, run_dir: Path) -> None:
     """Goes on with those that have not finished."""
     with sole_driver(run_dir):
         drop_torn_lines(run_dir)
+        if all(_has_finished(run_dir / _name(index)) for index in range(config.replicas)):
+            raise RunError(f"{run_dir} has finished; see `gossamer report {run_dir}`")
         _run(config, run_dir)
 
 
@@ -209,16 +212,24 @@ def _judge(member: Member, max_restarts: int) -> str:
 
 
 def _member(config: RunConfig, run_dir: Path, index: int, address: str | None, url: str) -> Member:
-    name = f"replica-{index}"
+    name = _name(index)
     overrides = [f"train.outer.url={json.dumps(url)}"]
     if address is not None:
         overrides.append(f"cluster.address={json.dumps(address)}")
     member = Member(name, index, run_dir / name, overrides)
-    path = member.run_dir / METRICS_FILE
-    # the last line says so, unless a kill tore it
-    if path.exists() and '"reason": "finished"' in path.read_text().rpartition('"run_end"')[2]:
+    if _has_finished(member.run_dir):
         member.state = "finished"
     return member
+
+
+def _name(index: int) -> str:
+    return f"replica-{index}"
+
+
+def _has_finished(run_dir: Path) -> bool:
+    path = run_dir / METRICS_FILE
+    events = read_events(run_dir) if path.exists() else []
+    return bool(of_kind(events, "run_end", reason="finished"))
 
 
 def _for_all(config: RunConfig) -> RunConfig:

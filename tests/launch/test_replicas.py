@@ -227,14 +227,14 @@ def test_one_that_another_process_took_over_is_left_to_it(tmp_path, quick):
 
 
 def test_one_that_finished_before_is_not_run_again(tmp_path):
-    config = config_of(replicas=1)
+    config = config_of(replicas=2)
     for index, reason in enumerate(("finished", "a rank died")):
-        folder = tmp_path / f"replica-{index}"
-        EventLog(folder).write("run_end", {"reason": "finished"} if index else {"reason": reason})
-        if index:
-            EventLog(folder).write("run_end", {"reason": reason})
+        EventLog(tmp_path / f"replica-{index}").write("run_end", {"reason": reason})
     states = [replicas._member(config, tmp_path, i, None, "u").state for i in range(3)]
     assert states == ["finished", "waiting", "waiting"]
+    EventLog(tmp_path / "replica-1").write("run_end", {"reason": "finished"})
+    with pytest.raises(RunError, match=f"{tmp_path} has finished; see `gossamer report"):
+        resume_replicas(config, tmp_path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux")
