@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -19,6 +20,12 @@ from gossamer.launch.config import RunConfig
 from gossamer.trainer.data.config import SourceConfig
 
 SHIPPED = Path(__file__).parent / "recipes"
+
+
+SECRET = re.compile(
+    r"://[^/@\s]*:[^/@\s]+@|[?&](sig|token|access_token|api_key|password|X-Amz-\w+)=", re.IGNORECASE
+)
+"""What a URL with a secret in it looks like."""
 
 
 class RecipeError(ValueError):
@@ -48,9 +55,24 @@ def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     except (OmegaConfBaseException, YAMLError, OSError, IndexError, TypeError) as error:
         raise RecipeError(f"{path}: {' '.join(str(error).split())}") from error
     try:
+        refuse_secrets(plain, "")
         return build_config(RunConfig, plain, "")
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
+
+
+def refuse_secrets(value: object, where: str) -> None:
+    """Raises ValueError for a URL with a password in it: configs are written down and shown."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            refuse_secrets(inner, _join(where, key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            refuse_secrets(inner, f"{where}[{i}]")
+    elif isinstance(value, str) and SECRET.search(value):
+        raise ValueError(
+            f"{where} holds a secret; expected a plain URL, and secrets in the environment"
+        )
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gossamer.comm.log import WeightLog
+from gossamer.comm.signing import Signer
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.corpus import first_chars, read_documents
 from gossamer.trainer.data.reader import build_reader, source_texts
@@ -42,6 +43,11 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
     """
     for source in config.data.sources:
         build_reader(source)  # rather now than on a rank
+    key = config.log.signing_key_path
+    if key is not None and not Path(key).is_file():
+        raise ValueError(f"log.signing_key_path: {key} is missing; `gossamer log keygen` makes one")
+    if key is not None:
+        Signer.from_file(key)
     run_dir.mkdir(parents=True, exist_ok=True)
     WeightLog.open(run_dir / LOG_FOLDER, run_id=name, create=True)
     texts: list[str] = []

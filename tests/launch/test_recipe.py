@@ -163,3 +163,19 @@ def test_what_is_dumped_loads_as_the_same_config(tmp_path, name):
     again = load_recipe(str(tmp_path / "config.json"), [])
     assert again == config and type(again) is RunConfig
     assert again.train.seed == 77 and again.train.phases[0].lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:hunter2@host/x", "az://c/x?sig=hunter2", "https://h/x?a=1&Token=hunter2"]
+)
+def test_a_url_with_a_secret_is_refused_and_not_repeated(url):
+    with pytest.raises(RecipeError, match=r"train\.checkpoint\.url holds a secret") as refused:
+        load_recipe("demo", [f"train.checkpoint.url={url}"])
+    assert "hunter2" not in str(refused.value)
+
+
+def test_what_crosses_sites_is_signed(monkeypatch):
+    monkeypatch.delenv("GOSSAMER_SIGNING_KEY", raising=False)
+    assert load_recipe("rl_two_sites", []).train.log.signing_key_path == "signing.key"
+    monkeypatch.setenv("GOSSAMER_SIGNING_KEY", "/keys/trainer")
+    assert load_recipe("rl_two_sites", []).train.log.signing_key_path == "/keys/trainer"
