@@ -76,7 +76,8 @@ def _arm(session: Any, fault: Fault) -> None:  # noqa: ANN401
     """Makes it happen."""
     outer = session._outer
     store, exchange, update = outer._link.meter, outer._link.exchange, session.update
-    put, settle, rows = store.put, exchange.settle, outer._rows
+    put = getattr(store, "put", None)  # a group has none
+    settle, rows = exchange.settle, outer._rows
 
     def faulty_put(name: str, data: bytes, overwrite: bool = False) -> bool:
         hit = bool(fault.pattern and re.fullmatch(fault.pattern, name))

@@ -4,10 +4,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from gossamer.launch.recipe import build_config
 from gossamer.trainer.config import TrainConfig
 from outer_runs import INNER_STEPS, STEPS, Fault, Running, finish, hashes, settings
-from test_outer_resume import assert_same
+from test_outer_resume import assert_same, last_state
 from tiny_run import events
 
 LAYOUTS = {
@@ -56,15 +57,22 @@ def test_a_replica_of_two_ranks_is_killed_and_comes_back_to_the_same_bits(name, 
 DGC = {"rule": "dgc", "exchange": "collective", "inner_steps": 1, "clip_to_median": 0.0}
 
 
-def run_dgc(root: Path, layout: dict, aggregation: str, **dgc) -> Path:
-    """Two replicas that exchange every step's gradient."""
-    running = []
+def run_dgc(root: Path, layout: dict, fault: Fault | None = None) -> Path:
+    """Two replicas that exchange every step's gradient; with a fault, b dies, a with it, and both
+    are resumed."""
+    configs = []
     for index, name in enumerate("ab"):
         config = settings(name, index, 2, root / "meet", **DGC)
         config["parallel"] = layout
         config["optim"] = {"beta1": 0.0, "max_norm": 0.0}
-        config["outer"] |= {"aggregation": aggregation, "dgc": dgc}
-        running.append(Running(root / name, config))
+        config["outer"] |= {"aggregation": "replicas", "dgc": {"density": 0.05}}
+        configs.append(config)
+    folders = [root / name for name in "ab"]
+    faults = [None, fault]
+    running = [Running(*each) for each in zip(folders, configs, (1, 1), faults, strict=True)]
+    if fault is not None:
+        assert [each.ended() for each in reversed(running)] == [[-signal.SIGKILL], [1]]
+        running = [Running(*each) for each in zip(folders, configs, (2, 2), strict=True)]
     finish(*running)
     return root
 
@@ -73,23 +81,25 @@ def run_dgc(root: Path, layout: dict, aggregation: str, **dgc) -> Path:
 @pytest.mark.parametrize("layout", [LAYOUTS["EP=2, ZeRO-0"], {"data": 1, "expert": 1}])
 def test_dgc_keeps_replicas_equal(layout, tmp_path):
     """Whoever steps with the mean of all gradients from the same weights has the same weights."""
-    root = run_dgc(tmp_path, {"zero_stage": 0} | layout, "replicas", density=0.05)
+    root = run_dgc(tmp_path, {"zero_stage": 0} | layout)
     one, other = (events(root / name, "outer_round") for name in "ab")
     assert [each["round"] for each in one] == list(range(STEPS))
     assert all(each["counted"] == ["a", "b"] for each in one + other)
     norms = [[e["grad_norm"] for e in events(root / name, "train_step")] for name in "ab"]
     assert norms[0] == norms[1] and len(set(norms[0])) == STEPS
     assert losses(root / "a") != losses(root / "b")  # of its own tokens each
-    masters = [_masters(root / name) for name in "ab"]
-    assert masters[0] == masters[1]
+    one, other = (last_state(root / name) for name in "ab")
+    masters = [key for key in one if key.startswith("master")]
+    assert masters and all(torch.equal(one[key], other[key]) for key in masters)
 
 
-def _masters(run_dir: Path) -> dict:
-    from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
-
-    checkpoint = Checkpoint(list_checkpoints(run_dir / "checkpoints")[-1])
-    shapes = checkpoint.shapes
-    return {name: checkpoint.rows(name, 0, shape[0]).tolist() for name, shape in shapes.items()}
+@pytest.mark.slow
+def test_dgc_goes_on_from_checkpoints_to_the_same_bits(tmp_path):
+    layout = {"zero_stage": 0, "expert": 1}
+    whole = run_dgc(tmp_path / "whole", layout)
+    killed = run_dgc(tmp_path / "killed", layout, Fault(after_update=5))
+    for name in "ab":
+        assert_same(whole / name, killed / name)
 
 
 @pytest.mark.parametrize(
