@@ -122,6 +122,11 @@ class RunConfig:
                 f"train.data.num_replicas is {data.num_replicas}; expected 1 or at least"
                 f" replicas={self.replicas}, for each reads documents of its own"
             )
+        if outer.exchange == "collective" and data.num_replicas not in (1, self.replicas):
+            raise ValueError(
+                f"train.data.num_replicas is {data.num_replicas}; expected replicas={self.replicas}"
+                " with train.outer.exchange collective, whose members are fixed"
+            )
         if self.fleet.link_mbit is not None and (outer.url, outer.exchange) != (None, "log"):
             raise ValueError(
                 "fleet.link_mbit needs rounds in the run's own folder; expected no train.outer.url"

@@ -55,6 +55,10 @@ def member_of(config, index, **outer):
     [
         ({"outer": None}, "replicas is 3; expected 1, or a train.outer section"),
         ({"data": {"num_replicas": 2}}, "train.data.num_replicas is 2; expected 1 or at least"),
+        (
+            {"data": {"num_replicas": 5}, "outer": {"exchange": "collective"}},
+            "train.data.num_replicas is 5; expected replicas=3 with train.outer.exchange coll",
+        ),
         ({"replicas": 0}, "replicas is 0; expected at least 1"),
         ({"fleet": {"max_restarts": -1}}, "fleet.max_restarts is -1; expected 0 or more"),
         ({"fleet": {"link_mbit": 0}}, "fleet.link_mbit is 0.0; expected a positive number"),
