@@ -8,8 +8,9 @@ answer is that of a stable sort on one process, whoever owns which rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from gossamer.comm.state_hash import MASK_64, MIX_1, MIX_2, SPREAD, hash_elements, tensor_seed
@@ -20,6 +21,8 @@ DIGITS = ((20, 11), (10, 10), (0, 10))
 """(shift, bits) of the passes over a 31-bit key."""
 POOLS_AT_ONCE = 512
 """Bounds a histogram to 8 MiB."""
+CACHED_KEYS = 1 << 25
+"""Keys of a call that are kept between its passes, 128 MiB; the others are computed again."""
 INFINITY_KEY = 0x7F800000
 
 
@@ -31,7 +34,7 @@ class Piece:
     slot: int
     """Its place among all pieces of all ranks; those of one pool lie together, in order."""
     keys: Callable[[], Tensor]
-    """int32, any shape; -1 is no candidate. Asked once a pass, so that no keys need be kept."""
+    """int32, any shape; -1 is no candidate. Asked once a pass, so that not all need be kept."""
 
 
 def score_keys(score: Tensor, where: str) -> Tensor:
@@ -97,6 +100,7 @@ def _select(
     pieces: list[Piece], keep_P: Tensor, slots_P: Tensor, first_slot: int, reduce: Reduce, low: int
 ) -> list[Tensor]:
     """select() of pools low, ..., whose first slot is first_slot."""
+    pieces = list(_cached(pieces))
     threshold_P, ties_P, equal_P = _thresholds(pieces, keep_P, reduce, low)
     before = torch.zeros(int(slots_P.sum()), dtype=torch.int64)
     if bool((ties_P < equal_P).any()):  # of equal keys only the first are taken
@@ -121,19 +125,35 @@ def _select(
     return found
 
 
+def _cached(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """The same, with keys at hand for as many as CACHED_KEYS allows."""
+    left = CACHED_KEYS
+    for piece in pieces:
+        if left > 0:
+            keys = piece.keys()
+            left -= keys.numel()
+            yield Piece(piece.pool, piece.slot, partial(torch.Tensor.detach, keys))
+        else:
+            yield piece
+
+
 def _thresholds(
     pieces: list[Piece], keep_P: Tensor, reduce: Reduce, low: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """([P] the keep-th greatest key, [P] how many equal to it are kept, [P] how many there are)."""
     left_P, prefix_P = keep_P.clone(), torch.zeros_like(keep_P)
+    rest: list[Tensor | None] = [None] * len(pieces)
     for shift, bits in DIGITS:
-        bins = 1 << bits
+        bins, is_first = 1 << bits, shift == DIGITS[0][0]
         count_PB = torch.zeros(len(keep_P), bins, dtype=torch.int64)
-        for piece in pieces:
-            keys, pool = piece.keys().flatten(), piece.pool - low
-            keys = keys[(keys >= 0) & ((keys >> shift >> bits) == prefix_P[pool])]
-            digits = (keys >> shift) & (bins - 1)
-            count_PB[pool] += torch.bincount(digits, minlength=bins).to(count_PB.device)
+        for i, piece in enumerate(pieces):
+            pool, known = piece.pool - low, rest[i]
+            keys = piece.keys().flatten() if known is None else known
+            if not is_first:
+                keys = rest[i] = keys[(keys >> shift >> bits) == prefix_P[pool]]
+            digits = keys >> shift if is_first else (keys >> shift) & (bins - 1)
+            counted = torch.bincount(digits + 1, minlength=bins + 1)[1:]  # -1 is no candidate
+            count_PB[pool] += counted.to(count_PB.device)
         reduce(count_PB)
         at_least_PB = count_PB.flip(1).cumsum(1).flip(1)
         digit_P = (at_least_PB >= left_P[:, None]).sum(1) - 1
