@@ -141,6 +141,10 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
     sparsity.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
     sparsity.add_argument("--quick", action="store_true", help="tiny: says nothing about losses")
     sparsity.set_defaults(run=_bench_sparsity)
+    rl = benches.add_parser("rl", help="samples a second and who waits, and how sparse RL is")
+    rl.add_argument("--json", type=Path, required=True, metavar="OUT", help="where rows go")
+    rl.add_argument("--quick", action="store_true", help="three short runs, a minute or two")
+    rl.set_defaults(run=_bench_rl)
     table = benches.add_parser("table", help="the rows of a benchmark as Markdown")
     table.add_argument("json", type=Path)
     table.add_argument("--into", type=Path, metavar="FILE", help="replace the table in FILE")
@@ -239,7 +243,9 @@ def _export(arguments: argparse.Namespace) -> None:
     run_dir = arguments.run_dir.resolve()
     config = _load_run(run_dir)
     if config.replicas > 1:
-        raise ValueError(f"{run_dir} is of {config.replicas} replicas; expected {run_dir}/replica-0")
+        raise ValueError(
+            f"{run_dir} is of {config.replicas} replicas; expected {run_dir}/replica-0"
+        )
     print(export_run(config, run_dir, arguments.out, arguments.step))
 
 
@@ -286,17 +292,24 @@ def _bench_sparsity(arguments: argparse.Namespace) -> None:
     bench_sparsity(arguments.json, arguments.quick)
 
 
+def _bench_rl(arguments: argparse.Namespace) -> None:
+    from gossamer.launch.bench.rl import bench_rl
+
+    bench_rl(arguments.json, arguments.quick)
+
+
 def _bench_table(arguments: argparse.Namespace) -> None:
     from gossamer.launch.bench import (
         moe_table,
         placement_table,
         replicas_table,
+        rl_table,
         sparsity_table,
         table,
     )
 
     beginning = arguments.json.read_text(errors="replace")[:9999]
-    others = (moe_table, placement_table, replicas_table, sparsity_table)
+    others = (moe_table, placement_table, replicas_table, rl_table, sparsity_table)
     named = (each for each in others if each.COMMAND in beginning)
     bench = next(named, table)
     text = bench.render_table(arguments.json)
