@@ -7,7 +7,8 @@ best; no published claim of quality is checked here.
 Columns: `loss` held-out, nats a token, at the end; `steps` at the dense arm's compute; `density` at
 the end; `mean_density` over the steps; `flops_share` of a dense step of the whole model that a
 machine which skips masked weights would do; `step_s` measured, and no shorter for a sparse arm:
-masked weights are multiplied like others. `products` times what could be shorter on this machine.
+masked weights are multiplied like others. `products` times what could be shorter on this machine,
+`changes` what a change of masks takes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from statistics import mean
 from typing import Any
 
 from gossamer.launch.bench.sparsity_arms import QUESTIONS, QUICK, Sizes, arms
-from gossamer.launch.bench.sparsity_products import time_products
+from gossamer.launch.bench.sparsity_products import time_changes, time_products
 from gossamer.launch.bench.sparsity_train import train_in_this_process
 from gossamer.launch.bench.sync import machine
 from gossamer.launch.summary import write_whole
@@ -46,7 +47,7 @@ def bench_sparsity(json_path: Path, quick: bool) -> None:
         found["rows"].append(row)
         write_whole(json_path, json.dumps(found, indent=1))
     if not found["products"]:
-        found["products"] = time_products(quick)
+        found["products"], found["changes"] = time_products(quick), time_changes(quick)
     found["noise"], found["verdicts"] = noise(found["rows"]), verdicts(found["rows"])
     found["load_average"] = round(os.getloadavg()[1], 1)
     write_whole(json_path, json.dumps(found, indent=1))
@@ -108,6 +109,7 @@ def _opened(path: Path, sizes: Sizes, quick: bool) -> Row:
         "sizes": described,
         "rows": [],
         "products": [],
+        "changes": [],
     }
     if path.exists():
         old = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Times the products that sparsity could make shorter, on this machine.
+"""Times the products that sparsity could make shorter, and changes of masks, on this machine.
 
 The one idea: a plan saves FLOPs on paper; whether a kernel saves time is measured beside the dense
 product, in the same run. Gossamer itself multiplies masked weights like all others.
@@ -14,6 +14,9 @@ from statistics import median
 from typing import Any
 
 import torch
+from gossamer.trainer.sparsity.method import Band, Horizon, Point
+from gossamer.trainer.sparsity.plan import SparsityPlan
+from gossamer.trainer.sparsity.recipes import RECIPES
 
 DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02)
 
@@ -44,6 +47,34 @@ def time_products(quick: bool) -> list[dict[str, Any]]:
         ]
     torch.set_num_threads(before)
     return rows
+
+
+def time_changes(quick: bool) -> list[dict[str, Any]]:
+    """Seconds of one change of masks of a million weights, one thread and rank, beside torch's
+    topk over as many."""
+    columns, times = (64, 1) if quick else (2048, 5)
+    shapes = {f"layers.{layer}.x_proj.weight": (1024, columns) for layer in range(4)}
+    generator = torch.Generator().manual_seed(1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    millions = sum(weight.numel() for weight in weights.values()) / 1e6
+    rows: list[dict[str, Any]] = []
+    for name in ("gmp", "journey", "rigl", "ste"):
+        plan = SparsityPlan(RECIPES[name])
+        plan.begin(shapes, Horizon(1000))
+        bands = [
+            Band(n, shapes[n], 0, w, torch.ones_like(w, dtype=torch.bool), w.roll(1))
+            for n, w in weights.items()
+        ]
+        for band, mask in zip(bands, plan.update(bands, Point(0), id), strict=True):
+            band.mask_RC = mask
+        took = _time_s(partial(plan.update, bands, Point(300), id), times)
+        rows.append({"change": name, "seconds": took / millions})
+    flat = torch.cat([weight.abs().flatten() for weight in weights.values()])
+    took = _time_s(partial(torch.topk, flat, len(flat) // 5, sorted=False), times)
+    torch.set_num_threads(before)
+    return [*rows, {"change": "torch.topk", "seconds": took / millions}]
 
 
 def _time_s(run: Callable[[], object], times: int) -> float:

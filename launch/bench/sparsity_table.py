@@ -32,6 +32,8 @@ def render_table(path: Path) -> str:
             *_verdicts(found["verdicts"]),
             "",
             *_products(found["products"]),
+            "",
+            *_changes(found["changes"]),
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold rows of `{COMMAND}`: {error}") from error
@@ -76,6 +78,11 @@ def _products(products: list[Row]) -> list[str]:
         cells = [f"{1000 * own[name]:.2f} ({own[name] / dense_s:.2f})" for name in names]
         lines.append(_line(f"{density:g}", *cells))
     return lines
+
+
+def _changes(changes: list[Row]) -> list[str]:
+    lines = _head("a change of masks", "ms a million weights")
+    return lines + [_line(row["change"], f"{1000 * row['seconds']:.0f}") for row in changes]
 
 
 def _head(*cells: str) -> list[str]:

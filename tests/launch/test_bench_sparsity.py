@@ -7,7 +7,7 @@ import pytest
 from gossamer.launch.bench import sparsity_table
 from gossamer.launch.bench.sparsity import bench_sparsity, noise, verdicts
 from gossamer.launch.bench.sparsity_arms import QUESTIONS, QUICK, Sizes, arms, step_shares, steps_of
-from gossamer.launch.bench.sparsity_products import time_products
+from gossamer.launch.bench.sparsity_products import time_changes, time_products
 from gossamer.launch.bench.sparsity_train import config_of
 
 
@@ -70,6 +70,7 @@ def result(quick: bool = True) -> dict:
         "noise": noise(rows),
         "verdicts": verdicts(rows),
         "products": time_products(quick),
+        "changes": time_changes(quick),
     }
 
 
@@ -79,7 +80,7 @@ def test_the_table_says_what_the_json_says(tmp_path):
     text = sparsity_table.render_table(path)
     assert "| static_erk | 1.050 (0.100) | 30 | 0.200, 0.200 | 40 % | 0.00100 | 10 |" in text
     assert "| Is ERK better than uniform? | -1.000 | -1.000, -1.000 | yes |" in text
-    assert "| 0.02 |" in text
+    assert "| 0.02 |" in text and "| rigl |" in text
     path.write_text("{}")
     with pytest.raises(ValueError, match="does not hold rows of `gossamer bench sparsity`"):
         sparsity_table.render_table(path)
