@@ -16,7 +16,7 @@ from gossamer.trainer.sparsity.config import (
     ScheduleConfig,
     SparsityConfig,
 )
-from gossamer.trainer.sparsity.recipes import RECIPES, as_tree
+from gossamer.trainer.sparsity.recipes import RECIPES
 
 
 @pytest.mark.parametrize(
@@ -90,18 +90,14 @@ def test_what_cannot_be_right_is_refused_by_field(build, sentence):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_are_plain_trees(name):
-    """As the run's resolved config is written, and as YAML has them, and read again."""
+    """As the run's resolved config is written, and read again."""
     written = json.loads(json.dumps(asdict(RECIPES[name])))
     assert build_config(SparsityConfig, written, "") == RECIPES[name]
-    told = as_tree(RECIPES[name])
-    assert build_config(SparsityConfig, told, "") == RECIPES[name]
-    assert len(json.dumps(told)) < 350
 
 
 def test_yaml_says_journey_in_a_few_lines():
     schedule = {"kind": "geometric", "density": 0.2, "unit": "compute", "start": 0.25, "stop": 0.75}
     plan = {"rules": [{"distribution": {"kind": "global"}, "schedule": schedule}]}
-    assert as_tree(RECIPES["journey"]) == plan
     assert build_config(SparsityConfig, plan, "") == RECIPES["journey"]
     with pytest.raises(ValueError, match=r"rules\[0\].schedul; did you mean schedule\?"):
         build_config(SparsityConfig, {"rules": [{"schedul": schedule}]}, "")

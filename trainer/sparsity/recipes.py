@@ -1,13 +1,10 @@
 """The methods of the literature as plans, each a few lines. No torch here.
 
-The one idea: nothing of a method is code; a rule says all of it, and so does the same tree
-in YAML under `train.sparsity`.
+The one idea: nothing of a method is code; a rule says all of it, and so does the same tree in YAML
+under `train.sparsity` (`gossamer sparsity methods NAME`).
 """
 
 from __future__ import annotations
-
-from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any
 
 from gossamer.trainer.sparsity.config import (
     DistributionConfig,
@@ -157,17 +154,3 @@ RECIPES: dict[str, SparsityConfig] = {
         )
     ),
 }
-
-
-def as_tree(value: Any) -> Any:  # noqa: ANN401
-    """A config as plain dicts and lists, without what is at its default: as YAML has it."""
-    if isinstance(value, tuple):
-        return [as_tree(each) for each in value]
-    if not is_dataclass(value):
-        return value
-    told = [field for field in fields(value) if getattr(value, field.name) != _default(field)]
-    return {field.name: as_tree(getattr(value, field.name)) for field in told}
-
-
-def _default(field: Field) -> Any:  # noqa: ANN401
-    return field.default if field.default_factory is MISSING else field.default_factory()
