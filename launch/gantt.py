@@ -149,7 +149,8 @@ def gantt_chart(events: list[Event]) -> Chart:
             figure.add_trace(bar, row=1, col=2)
     styled(figure, 130 + 46 * len(rows))
     span = [len(rows) - 0.5, -0.5]
-    figure.update_yaxes(range=span, tickvals=list(range(len(rows))), ticktext=rows, col=1)
+    names = [f"{who} " for who in rows]
+    figure.update_yaxes(range=span, tickvals=list(range(len(rows))), ticktext=names, col=1)
     figure.update_yaxes(range=span, showticklabels=False, col=2, matches="y")
     figure.update_xaxes(title=clock.title, range=_window(found, clock), row=1, col=1)
     figure.update_xaxes(title="share of the time (%)", range=[0, 100], row=1, col=2)

@@ -21,6 +21,7 @@ from gossamer.launch.charts import (
     words,
 )
 from gossamer.launch.gantt import gantt_chart
+from gossamer.launch.mask_charts import mask_chart
 from gossamer.launch.quantities import (
     MISSING,
     format_bytes,
@@ -52,7 +53,7 @@ h1 span { font-size: 13px; font-weight: 500; letter-spacing: 0; vertical-align: 
 h2 { margin: 0; font-size: 16px }
 section p { margin: 2px 0 6px; color: var(--muted); font-size: 13.5px; max-width: 86ch }
 .cards { display: grid; gap: 10px; margin: 22px 0 14px;
-  grid-template-columns: repeat(4, minmax(0, 1fr)) }
+  grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)) }
 .charts { display: grid; gap: 14px; grid-template-columns: repeat(2, minmax(0, 1fr));
   grid-auto-flow: dense }
 .card, section { background: var(--paper); border: 1px solid var(--rule); border-radius: 10px }
@@ -70,8 +71,7 @@ th { color: var(--muted); font-weight: 500 } th, td { text-align: left; padding:
   border-top: 1px solid var(--rule); font-variant-numeric: tabular-nums }
 pre { overflow: auto; max-height: 480px; font-size: 12.5px }
 footer { margin-top: 24px; color: var(--muted); font-size: 13px }
-@media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr) }
-  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)) } }
+@media (max-width: 860px) { .charts { grid-template-columns: minmax(0, 1fr) } }
 @media print { body { background: #fff } section { break-inside: avoid } }
 """
 
@@ -169,6 +169,8 @@ def page(events: list[Event], summary: Event, config: str) -> str:
         charts.append(round_chart(events))
     if (changes := change_chart(events)) is not None:
         charts.append(changes)
+    if (masks := mask_chart(settled)) is not None:
+        charts.append(masks)
     reason = summary["end_reason"]
     charts.sort(key=lambda chart: chart.figure is None)  # what could not be drawn, at the end
     return html_page(

@@ -176,10 +176,14 @@ def _last(text: str | None) -> str:
 def _submit(arguments: argparse.Namespace) -> int:
     recipe = None
     if arguments.resume is not None:
-        if arguments.recipe is not None or arguments.overwrite or arguments.run_dir:
-            raise ValueError("submit --resume RUN_DIR takes no recipe and no other folder")
+        overrides = [*filter(None, [arguments.recipe]), *arguments.overrides]
+        if arguments.overwrite or arguments.run_dir or any("=" not in o for o in overrides):
+            raise ValueError(
+                "submit --resume RUN_DIR takes overrides, no recipe and no other folder"
+            )
         run_dir = arguments.resume
-        name, words = Path(run_dir).name, ["resume", _of_its_home(run_dir)]
+        words = ["resume", _of_its_home(run_dir), *map(shlex.quote, overrides)]
+        name = Path(run_dir).name
     else:
         from gossamer.launch.recipe import load_recipe
 

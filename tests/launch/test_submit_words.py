@@ -65,8 +65,8 @@ def test_the_default_folder_is_in_the_home_over_there(head):
 
 
 def test_a_resume_sends_no_recipe(head):
-    assert main(["submit", "--resume", "~/runs/x"]) == 0
-    assert head.sent[0]["entrypoint"].endswith('cli resume "$HOME"/runs/x')
+    assert main(["submit", "--resume", "~/runs/x", "rollout.engines=4"]) == 0
+    assert head.sent[0]["entrypoint"].endswith('cli resume "$HOME"/runs/x rollout.engines=4')
     assert head.sent[0]["files"] == {}
 
 
@@ -86,7 +86,7 @@ def test_a_job_that_failed_fails_here(head, capsys):
         (["demo", "train.checkpoint.url=ck"], "train.checkpoint.url is ck; expected an absolute"),
         (["demo", "--run-dir", "runs/x"], "run folder runs/x: expected an absolute path"),
         ([], "expected a recipe, or --resume RUN_DIR"),
-        (["demo", "--resume", "/x"], "takes no recipe"),
+        (["demo", "--resume", "/x"], "takes overrides, no recipe"),
     ],
 )
 def test_what_would_mean_something_else_there_is_refused(head, capsys, words, reason):
