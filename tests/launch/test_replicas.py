@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 from gossamer.comm.store import open_store
-from gossamer.launch import replicas
+from gossamer.launch import replicas, replicas_process
 from gossamer.launch.cli import main
 from gossamer.launch.config import FleetConfig, RunConfig
 from gossamer.launch.controller import RunError, start_run
 from gossamer.launch.recipe import build_config, dump_config, load_recipe
-from gossamer.launch.replicas import Member, resume_replicas, start_replicas
+from gossamer.launch.replicas import resume_replicas, start_replicas
 from gossamer.launch.replicas_display import FleetDisplay
 from gossamer.launch.replicas_members import (
     enlist,
@@ -26,6 +26,7 @@ from gossamer.launch.replicas_members import (
     prepare_member,
     readers,
 )
+from gossamer.launch.replicas_process import Member
 from gossamer.trainer.metrics import EventLog
 from rich.console import Console
 from tiny_run import SETTINGS, events
@@ -74,12 +75,12 @@ def test_what_cannot_be_is_refused(changes, words):
 
 
 def test_each_replica_has_a_share_of_the_data_and_all_are_waited_for(tmp_path):
-    config = replicas._for_all(config_of(checkpoint={"url": "s3://b/saved"}))
+    config = replicas_process.for_all(config_of(checkpoint={"url": "s3://b/saved"}))
     assert (config.train.data.num_replicas, config.train.outer.expected_replicas) == (3, 3)
-    member = replicas._member(config, tmp_path, 2, "1.2.3.4:5", "http://127.0.0.1:6")
+    member = replicas_process.member_of(tmp_path, 2, "1.2.3.4:5", "http://127.0.0.1:6", [])
     path = tmp_path / "config.json"
     dump_config(config, path)
-    told = [*replicas._own_overrides(config, member), *member.overrides]
+    told = [*replicas_process._own_overrides(config, member), *member.overrides]
     own = load_recipe(str(path), told)
     assert own.replicas == 1 and own.cluster.address == "1.2.3.4:5"
     assert own.train.outer == replace(
@@ -186,7 +187,7 @@ class Scripted(Member):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(replicas, "RESTART_PAUSE_S", 0.0)
+    monkeypatch.setattr(replicas_process, "RESTART_PAUSE_S", 0.0)
     monkeypatch.setattr(replicas, "REFRESH_S", 0.01)
 
 
@@ -196,7 +197,7 @@ FINE, DIES = "pass", "import os; os.kill(os.getpid(), 9)"
 def watch(run_dir, scripts, max_restarts=2):
     Scripted.scripts = scripts
     members = [
-        Scripted(f"replica-{i}", i, run_dir / f"replica-{i}", []) for i in range(len(scripts))
+        Scripted(f"replica-{i}", i, run_dir / f"replica-{i}", [], []) for i in range(len(scripts))
     ]
     console = Console(file=io.StringIO())
     display = FleetDisplay(run_dir, members, None, "", "", console)
@@ -234,7 +235,7 @@ def test_one_that_finished_before_is_not_run_again(tmp_path):
     config = config_of(replicas=2)
     for index, reason in enumerate(("finished", "a rank died")):
         EventLog(tmp_path / f"replica-{index}").write("run_end", {"reason": reason})
-    states = [replicas._member(config, tmp_path, i, None, "u").state for i in range(3)]
+    states = [replicas_process.member_of(tmp_path, i, None, "u", []).state for i in range(3)]
     assert states == ["finished", "waiting", "waiting"]
     EventLog(tmp_path / "replica-1").write("run_end", {"reason": "finished"})
     with pytest.raises(RunError, match=f"{tmp_path} has finished; see `gossamer report"):
@@ -249,7 +250,8 @@ def test_replicas_stop_with_a_supervisor_that_is_killed(tmp_path):
         "except KeyboardInterrupt:\n    p.write_text('stopped')"
     )
     parent = (
-        "import subprocess, sys, time\nfrom gossamer.launch.replicas import _stop_with_parent\n"
+        "import subprocess, sys, time\n"
+        "from gossamer.launch.replicas_process import _stop_with_parent\n"
         f"subprocess.Popen([sys.executable, '-c', {child!r}], preexec_fn=_stop_with_parent)\n"
         "time.sleep(60)"
     )
