@@ -9,7 +9,10 @@ from gloo_world import run_world
 from gossamer.comm.names import logical_views
 from gossamer.launch.config import RunConfig
 from gossamer.launch.export import export_run
+from gossamer.launch.mask_charts import mask_chart
 from gossamer.launch.recipe import build_config
+from gossamer.launch.report import write_report
+from gossamer.launch.summary import read_events, settle
 from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.prepare import prepare_run
@@ -133,6 +136,18 @@ def test_another_topology_takes_up_masks_and_window(whole, tmp_path):
                 assert one["mask_hash"] == two["mask_hash"], step
             else:
                 assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+def test_the_report_draws_densities_and_flips(whole):
+    path = write_report(whole)
+    assert "Sparsity plan" in path.read_text()
+    chart = mask_chart(settle(read_events(whole)))
+    target, density, mean, flips, dead, heat = chart.figure.data
+    assert list(target.x) == CHANGED_AT and list(density.x) == list(range(1, STEPS + 1))
+    last = events(whole, "masks")[-1]
+    assert target.y[-1] == 100 * last["target"] and flips.y[-1] == 100 * last["flip_rate"]
+    assert mean.y[-1] == 100 * events(whole, "train_step")[-1]["mean_density"]
+    assert len(dead.y) == len(CHANGED_AT) and len(heat.z) == 2 and len(heat.z[0]) == 4
 
 
 def test_export_is_plain_weights_with_zeros_and_masks_lie_beside(whole):
