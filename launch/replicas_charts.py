@@ -43,11 +43,12 @@ def learning_chart(fleet: Fleet) -> Chart:
     for number, (name, events) in enumerate(sorted(fleet.replicas.items())):
         settled, color = settle(events), color_of(number)
         steps = of_kind(settled, "train_step")
-        figure.add_trace(line(column(steps, "step"), column(steps, "loss"), name, color))
+        figure.add_trace(line(*_with_gaps(steps), name, color))
         evals = of_kind(settled, "eval", name="text")
         if evals:
             held = line(column(evals, "step"), column(evals, "loss"), f"{name}, held out", color)
-            figure.add_trace(held.update(mode="markers", marker={"symbol": "diamond", "size": 8}))
+            marker = {"symbol": "diamond", "size": 8}
+            figure.add_trace(held.update(mode="markers", marker=marker, showlegend=False))
     figure.update_xaxes(title="inner step")
     figure.update_yaxes(title="cross-entropy (nats per token)")
     note = "Each replica on its own documents."
@@ -181,6 +182,19 @@ def life_chart(fleet: Fleet) -> Chart:
     return Chart(
         key="lives", title=title, note=note, figure=styled(figure, height, False), wide=True
     )
+
+
+def _with_gaps(steps: list[Event]) -> tuple[list[int | None], list[float | None]]:
+    """Steps and losses, with a gap where a replica went on at the step of the others."""
+    x: list[int | None] = []
+    y: list[float | None] = []
+    for event in steps:
+        if x and event["step"] != x[-1] + 1:  # type: ignore[operator]
+            x.append(None)
+            y.append(None)
+        x.append(event["step"])
+        y.append(event["loss"])
+    return x, y
 
 
 def _tick(rounds: int) -> int:
