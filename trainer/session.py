@@ -173,7 +173,9 @@ class Session:
         self._saver.poll()
         gate = self.config.model.moe.dense_to_sparse
         is_evomoe = self.config.model.router == "dense_to_sparse"
-        is_due = 0 < gate.diversify_steps == self.engine.num_updates
+        # not the engine's own count: one that joined a run's replicas took few of them itself
+        updates = self.progress.step - self.progress.skips
+        is_due = 0 < gate.diversify_steps == updates
         if is_evomoe and is_due and not self.progress.skips_in_row:  # else it is done
             self.checkpoint()
             self._saver.diversify(gate.masked_share, self.config.seed)
@@ -189,7 +191,7 @@ class Session:
             self._lr *= self._sparse.lr_factor
         self._profiler.begin_step(step)
         result = update(
-            self.model, self.engine, self.dims, batch, self._lr, self.config, self._trace
+            self.model, self.engine, self.dims, batch, self._lr, self.config, self._trace, updates
         )
         self._profiler.end_step(step)
         self.progress.advance(result.skipped)

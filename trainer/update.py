@@ -77,17 +77,21 @@ def update(
     lr: float,
     config: TrainConfig,
     trace: RoutingTrace | None = None,
+    updates: int | None = None,
 ) -> UpdateResult:
     """Forward, backward and step on the whole batch, of which this rank computes its rows.
+
+    updates: how many the run has behind it, which routers go by; None: as the engine has taken.
 
     Raises FloatingPointError, on every rank and with nothing updated, for a gradient that is not
     finite, unless config.optim.non_finite is skip.
     """
+    updates = engine.num_updates if updates is None else updates
     for block in model.blocks:
-        block.begin_step(engine.num_updates)
+        block.begin_step(updates)
     tokens = int(batch.is_real_BS.sum())
     divisor, learned_tokens = loss_divisor(batch, config.rl), int((batch.weights_BS != 0).sum())
-    sums = _accumulate(model, engine, dims, batch, tokens, divisor, config, trace)
+    sums = _accumulate(model, engine, dims, batch, tokens, divisor, config, trace, updates)
     traffic_L4 = torch.tensor([_traffic(block) for block in model.blocks])
     for tensor in (sums.losses, sums.load_LE, sums.z_L, traffic_L4):
         dist.all_reduce(tensor)
@@ -130,9 +134,10 @@ def _accumulate(
     divisor: float,
     config: TrainConfig,
     trace: RoutingTrace | None,
+    step: int,
 ) -> _Sums:
     """Forward and backward of this rank's micro-batches; all ranks have as many."""
-    step, num_layers = engine.num_updates, len(model.blocks)
+    num_layers = len(model.blocks)
     mine = batch.split(dims.rank, dims.world_size)
     num_micro = -(-len(mine.token_ids_BS) // config.micro_rows)
     sums = _Sums(
