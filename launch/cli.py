@@ -208,12 +208,18 @@ def _validate(arguments: argparse.Namespace) -> None:
     from gossamer.trainer.import_path import check_module
     from gossamer.trainer.moe.config import ROUTERS
     from gossamer.trainer.rl.config import REWARDS
+    from gossamer.trainer.sparsity.config import CRITERIA, SPARSITY_METHODS
 
     config = load_recipe(arguments.recipe, arguments.overrides)
     if config.train.model.router is not None:
         check_module(config.train.model.router, ROUTERS, "model.router")
     if config.has_rollouts:
         check_module(config.train.rl.reward, REWARDS, "rl.reward")
+    if config.train.sparsity is not None:
+        check_module(config.train.sparsity.method, SPARSITY_METHODS, "sparsity.method")
+        for rule in config.train.sparsity.rules:
+            for name in (rule.criterion, rule.initial.criterion, rule.regrow.criterion):
+                check_module(name, {**CRITERIA, "none": "gossamer"}, "a rule's criterion")
     if arguments.data:
         import tempfile
 

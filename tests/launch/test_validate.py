@@ -11,6 +11,8 @@ SMALL = ["train.task.size=900", "train.task.min_heldout=10", "train.tokenizer.vo
     [
         (["train.model.router=topk"], "model.router is 'topk'; expected one of ["),
         (["train.model.router=no.such:Router"], "there is no module no.such"),
+        (["train.sparsity={method: 'no.such:Plan'}"], "there is no module no.such"),
+        (["train.sparsity={rules: [{criterion: 'no.such:f'}]}"], "there is no module no.such"),
         (["train.model.hf.model_type=qwen3"], "model.hf.model_type is qwen3; expected one whose"),
         (["train.rl.reward=exact"], "rl.reward is 'exact'; expected one of ['exact_match', "),
         (["train.rl.reward=no_such:f"], "rl.reward is 'no_such:f', but there is no module"),

@@ -152,4 +152,4 @@ class Rule:
 
 
 def _criterion(name: str, field: str) -> Criterion:
-    return resolve(name, CRITERIA, f"sparsity.rules.{field}")
+    return resolve(name, CRITERIA, field)
