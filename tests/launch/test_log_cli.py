@@ -12,6 +12,7 @@ from gossamer.comm.live import LiveWeights
 from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.signing import Signer
+from gossamer.comm.store import open_store
 from gossamer.comm.subscriber import Subscriber
 from gossamer.launch import meter
 from gossamer.launch.cli import main
@@ -145,7 +146,7 @@ SERVE = """
 import sys
 from gossamer.launch.cli import main
 try:
-    main(["log", "serve", sys.argv[1], "--port", "0"])
+    main(["log", "serve", *sys.argv[1:], "--port", "0"])
 finally:
     loaded = {"torch", "ray", "transformers", "deepspeed", "omegaconf"} & set(sys.modules)
     print("loaded", sorted(loaded), flush=True)
@@ -165,6 +166,22 @@ def test_serve_offers_the_log_until_it_is_stopped(made, capsys):
             server.send_signal(signal.SIGINT)
         out, err = server.communicate(timeout=20)
     assert (out, err) == ("loaded []\n", "gossamer: stopped\n")
+
+
+def test_a_folder_is_served_to_be_written_to_where_one_says_so(tmp_path):
+    command = [sys.executable, "-c", SERVE, str(tmp_path / "rounds"), "--writable"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        said = server.stdout.readline()
+        assert said.startswith(f"{tmp_path / 'rounds'} at http://127.0.0.1:")
+        try:
+            assert open_store(said.split()[-1]).put("outer.json", b"{}")
+        finally:
+            server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=20)
+    assert (out, err) == ("loaded []\n", "gossamer: stopped\n")
+    assert (tmp_path / "rounds" / "outer.json").read_bytes() == b"{}"
 
 
 def test_a_meter_speaks_up_after_a_second_and_in_lines_where_nobody_watches(capsys, monkeypatch):
