@@ -217,6 +217,22 @@ def test_decoupled_by_hand(staleness, ratio, advantage, value, slope):
     assert gradient[0, 0, 1].item() == pytest.approx(slope * (1 - probability), rel=1e-6)
 
 
+@settings(deadline=None, max_examples=25)
+@given(sampled=sampled())
+def test_decoupled_is_plain_ppo_to_the_bit_up_to_one_version(sampled):
+    groups, seed = sampled
+    spans = (VersionSpan(start=0, stop=CONFIG.max_new_tokens, version=VERSION - seed % 2),)
+    samples = [replace(group[0], spans=spans) for group in groups]
+    advantages = [group[2] for group in groups]
+    batch = pack_samples(samples, [[1]] * len(groups), advantages, CONFIG, VERSION)
+    logits = torch.randn((*batch.token_ids_BS.shape, VOCABULARY), requires_grad=True)
+    found = []
+    for config in (CONFIG, replace(CONFIG, decoupled=True, importance_cap=1.0)):
+        loss = policy_loss(logits, batch, config).loss_sum
+        found.append((loss, *torch.autograd.grad(loss, logits)))
+    assert all(torch.equal(plain, decoupled) for plain, decoupled in zip(*found, strict=True))
+
+
 def test_kl_by_hand():
     config = replace(CONFIG, kl_coef=0.5)
     sample = Sample(

@@ -82,10 +82,8 @@ def loss_divisor(batch: TokenBatch, config: RLConfig) -> float:
     if not isinstance(batch, PolicyBatch) or config.loss_mean == "tokens":
         return float(batch.weights_BS.double().sum())
     learned_BS = batch.weights_BS != 0
-    # a prompt's place is between any two completions of a row
-    begins_BS = learned_BS & ~learned_BS.roll(1, dims=1)
-    begins_BS[:, 0] = learned_BS[:, 0]
-    return float(begins_BS.sum())
+    # between two completions of a row is a prompt; the last place of a row predicts nothing
+    return float((learned_BS & ~learned_BS.roll(1, dims=1)).sum())
 
 
 def policy_loss(logits_BSV: Tensor, batch: PolicyBatch, config: RLConfig) -> PolicyLoss:
