@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import shlex
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,15 @@ from gossamer.launch.config import RunConfig
 from gossamer.launch.quantities import MISSING, format_duration
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
+    from ray.job_submission import JobStatus, JobSubmissionClient
 
 ADDRESS_VARIABLE, HEADERS_VARIABLE = "RAY_API_SERVER_ADDRESS", "RAY_JOB_HEADERS"
 """Ray's own: where jobs are sent by default, and HTTP headers (JSON) for a head behind a proxy."""
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 RUN_KEY, FOLDER_KEY = "gossamer_run", "gossamer_run_dir"
 POLL_S = 0.5
+YOUNG_S = 60.0
+"""A cluster that has just been started answers before it takes jobs; it is asked so long."""
 
 
 def add_submit_commands(commands: Any) -> None:  # noqa: ANN401, argparse has no public type for it
@@ -101,31 +104,72 @@ def submit_run(
         work.mkdir()
         if recipe is not None:
             (work / "recipe.json").write_text(recipe)
-        return client.submit_job(
-            entrypoint=" ".join(["python", "-m", "gossamer.launch.cli", *words]),
-            submission_id=submission,
-            metadata={RUN_KEY: name, FOLDER_KEY: run_dir},
-            runtime_env={
+        job: dict[str, Any] = {
+            "entrypoint": " ".join(["python", "-m", "gossamer.launch.cli", *words]),
+            "submission_id": submission,
+            "metadata": {RUN_KEY: name, FOLDER_KEY: run_dir},
+            "runtime_env": {
                 "working_dir": str(work),
                 "py_modules": [str(build_wheel(Path(folder)))],
             },
+        }
+        deadline_s = time.monotonic() + YOUNG_S
+        while True:
+            try:
+                return client.submit_job(**job)
+            except RuntimeError as error:
+                is_young = "No available agent" in str(error)
+                if not is_young or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(POLL_S)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SubmittedRun:
+    """A job of the cluster's that `gossamer submit` sent."""
+
+    name: str
+    folder: str
+    submission: str
+    status: JobStatus
+    start_s: float
+    """Unix time; 0 before it starts."""
+    end_s: float | None
+
+    @property
+    def age(self) -> str:
+        """How long it has run, or ran."""
+        return (
+            format_duration((self.end_s or time.time()) - self.start_s) if self.start_s else MISSING
         )
 
 
-def find_job(client: JobSubmissionClient, name: str) -> JobDetails:
+def submitted(client: JobSubmissionClient) -> list[SubmittedRun]:
+    """Runs that were submitted, oldest first."""
+    runs = [
+        SubmittedRun(
+            name=job.metadata[RUN_KEY],
+            folder=job.metadata[FOLDER_KEY],
+            submission=job.submission_id,
+            status=job.status,
+            start_s=(job.start_time or 0) / 1000,
+            end_s=job.end_time / 1000 if job.end_time else None,
+        )
+        for job in client.list_jobs()
+        if job.submission_id and job.metadata and RUN_KEY in job.metadata
+    ]
+    return sorted(runs, key=lambda run: run.start_s or time.time())
+
+
+def find_run(client: JobSubmissionClient, name: str) -> SubmittedRun:
     """The newest submitted run of that name, or the one with that submission id."""
-    jobs = [job for job in submitted(client) if name in (job.submission_id, job.metadata[RUN_KEY])]
-    if not jobs:
-        known = sorted({job.metadata[RUN_KEY] for job in submitted(client)})
+    runs = submitted(client)
+    found = [run for run in runs if name in (run.submission, run.name)]
+    if not found:
+        known = sorted({run.name for run in runs})
         there = f"its runs are {', '.join(known)}" if known else "it has no run of gossamer's"
         raise ValueError(f"{name} is no run of {client.get_address()}; {there}")
-    return jobs[-1]
-
-
-def submitted(client: JobSubmissionClient) -> list[JobDetails]:
-    """Runs that were submitted, oldest first."""
-    jobs = [job for job in client.list_jobs() if RUN_KEY in (job.metadata or {})]
-    return sorted(jobs, key=lambda job: job.start_time or 0)
+    return found[-1]
 
 
 def follow(client: JobSubmissionClient, submission: str) -> int:
@@ -151,6 +195,7 @@ def _client(address: str) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         headers = json.loads(os.environ.get(HEADERS_VARIABLE, "null"))
         return JobSubmissionClient(address, headers=headers)
@@ -219,44 +264,33 @@ def _follow(client: JobSubmissionClient, submission: str, name: str) -> int:
 
 def _status(arguments: argparse.Namespace) -> None:
     client = _client(arguments.address)
-    jobs = submitted(client)
     if arguments.name is None:
-        for job in jobs:
-            print(
-                f"{job.metadata[RUN_KEY]:20} {job.status:10} {_age(job):>14}  {job.submission_id}"
-            )
+        for run in submitted(client):
+            print(f"{run.name:20} {run.status.value:10} {run.age:>14}  {run.submission}")
         return
-    job = find_job(client, arguments.name)
+    run = find_run(client, arguments.name)
     facts = {
-        "run": job.metadata[RUN_KEY],
-        "state": job.status.value,
-        "for": _age(job),
-        "folder": job.metadata[FOLDER_KEY],
-        "submission": job.submission_id,
-        "last line": _last(client.get_job_logs(job.submission_id)),
+        "run": run.name,
+        "state": run.status.value,
+        "for": run.age,
+        "folder": run.folder,
+        "submission": run.submission,
+        "last line": _last(client.get_job_logs(run.submission)),
     }
     print("\n".join(f"{name:>10}  {value}" for name, value in facts.items()))
 
 
-def _age(job: JobDetails) -> str:
-    """How long it has run, or ran."""
-    end_ms = job.end_time or 1000 * time.time()
-    return format_duration((end_ms - job.start_time) / 1000 if job.start_time else None)
-
-
 def _logs(arguments: argparse.Namespace) -> int:
     client = _client(arguments.address)
-    job = find_job(client, arguments.name)
-    return _follow(client, job.submission_id, arguments.name)
+    return _follow(client, find_run(client, arguments.name).submission, arguments.name)
 
 
 def _stop(arguments: argparse.Namespace) -> None:
     client = _client(arguments.address)
-    job = find_job(client, arguments.name)
-    if job.status.is_terminal():
-        raise ValueError(f"{job.submission_id} has ended already: {job.status.value}")
-    client.stop_job(job.submission_id)
-    while not (status := client.get_job_status(job.submission_id)).is_terminal():
+    run = find_run(client, arguments.name)
+    if run.status.is_terminal():
+        raise ValueError(f"{run.submission} has ended already: {run.status.value}")
+    client.stop_job(run.submission)
+    while not (status := client.get_job_status(run.submission)).is_terminal():
         time.sleep(POLL_S)
-    folder = job.metadata[FOLDER_KEY]
-    print(f"{job.submission_id} {status.value}; `gossamer submit --resume {folder}` goes on")
+    print(f"{run.submission} {status.value}; `gossamer submit --resume {run.folder}` goes on")

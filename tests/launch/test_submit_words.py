@@ -12,9 +12,12 @@ class FakeHead:
     """Remembers what was submitted; the job ends as it is told."""
 
     def __init__(self, status="SUCCEEDED", code=0):
-        self.sent, self.status, self.code = [], status, code
+        self.sent, self.status, self.code, self.is_young = [], status, code, True
 
     def submit_job(self, **job):
+        if self.is_young:  # what Ray says until the head's agent is up
+            self.is_young = False
+            raise RuntimeError("Request failed with status code 500: No available agent to submit")
         work = job["runtime_env"]["working_dir"]
         files = {path.name: path.read_text() for path in submit.Path(work).iterdir()}
         self.sent.append(job | {"files": files})
