@@ -47,7 +47,7 @@ MODEL = {
     "intermediate_size": 256,
     "tie_word_embeddings": False,
 }
-RL = {
+RL: dict[str, Any] = {
     "prompts_per_step": 32,
     "samples_per_prompt": 8,
     "prompts_per_unit": 8,

@@ -60,6 +60,7 @@ def test_sparsity_by_hand():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three runs, each with a Ray cluster of its own
 def test_quick_rows_and_their_table(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert main(["bench", "rl", "--quick", "--json", str(out)]) == 0
