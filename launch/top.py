@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gossamer.launch.display import EventTail, RunState
-from gossamer.launch.quantities import format_count
+from gossamer.launch.quantities import format_count, format_duration
 from gossamer.launch.summary import Event, of_kind
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 WINDOW_S, MIN_STEPS, REFRESH_S = 30.0, 3, 0.5
 """What is kept: the last seconds, and at least so many steps."""
 BAR_CELLS = 28
+SILENCE_S = 60.0
+"""A run that writes nothing for longer is told of in red."""
 
 
 class Window:
@@ -125,9 +127,16 @@ class RunTop:
     def shown(self) -> RenderableType:
         from rich.console import Group
         from rich.padding import Padding
+        from rich.text import Text
 
-        panel, below = self.state.panel(time.time()), where_time_went(self._window)
-        return panel if below is None else Group(panel, Padding(below, (0, 3)))
+        shown: list[RenderableType] = [self.state.panel(time.time())]
+        silent_s = time.time() - self.state.last_s
+        if self.state.last_s and self.state.ended is None and silent_s > SILENCE_S:
+            told = f"no event for {format_duration(silent_s)}: stalled, or killed"
+            shown.append(Padding(Text(told, "bold red"), (0, 3)))
+        if (below := where_time_went(self._window)) is not None:
+            shown.append(Padding(below, (0, 3)))
+        return Group(*shown)
 
     def stop(self) -> None:
         if self._console.is_terminal:

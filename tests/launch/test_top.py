@@ -17,6 +17,7 @@ def test_a_whole_run_at_once(tmp_path, capsys):
     printed = capsys.readouterr().out
     for words in ("rl-sums", "step 60 of 60", "ended: done", "% waiting", "tokens/s"):
         assert words in printed
+    assert "stalled" not in printed
     assert all(what in printed for what in COLORS if what != "fetch and check")
     assert all(len(line) <= 80 and "…" not in line for line in printed.splitlines())
 
@@ -31,6 +32,7 @@ def test_a_run_in_its_warm_start_has_its_panel_alone(tmp_path):
     top.stop()
     assert "warm_start" in console.file.getvalue() and "waiting" in console.file.getvalue()
     assert "█" not in console.file.getvalue()
+    assert "stalled, or killed" in console.file.getvalue()  # its clock is of another year
 
 
 def test_the_window_holds_seconds_and_at_least_some_steps(tmp_path):
