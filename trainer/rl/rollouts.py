@@ -105,13 +105,7 @@ class RolloutBatches:
         rl, numbers = self._config.rl, self._asked.pop(phase_step)
         groups = self._gather(str(phase_step), phase_step, numbers)
         refills = 0
-        while refills < rl.refill_rounds:
-            mixed = sum(group.is_mixed for group in groups)
-            units = -(-(rl.prompts_per_step - mixed) // rl.prompts_per_unit)
-            num_problems, wanted = len(self._problems.train), units * rl.prompts_per_unit
-            others = other_prompts(self._config.seed, phase_step, wanted, num_problems, numbers)
-            if mixed >= rl.prompts_per_step or not others:
-                break
+        while refills < rl.refill_rounds and (others := self._others(phase_step, groups, numbers)):
             refills += 1
             batch, numbers = f"{phase_step}+{refills}", numbers + others
             self._submit(batch, phase_step, others)
@@ -123,6 +117,14 @@ class RolloutBatches:
             mixed_groups = [group for group in groups if group.is_mixed]
             chosen = mixed_groups[: rl.prompts_per_step] or groups[:1]
         return self._pack(chosen, groups, lost=len(numbers) - len(groups), refills=refills)
+
+    def _others(self, step: int, groups: list[Group], asked: list[int]) -> list[int]:
+        """Training problems to ask in place of groups that teach nothing, in whole units."""
+        rl = self._config.rl
+        missing = rl.prompts_per_step - sum(group.is_mixed for group in groups)
+        wanted = -(-missing // rl.prompts_per_unit) * rl.prompts_per_unit
+        num_problems = len(self._problems.train)
+        return other_prompts(self._config.seed, step, max(0, wanted), num_problems, asked)
 
     def _submit(self, batch: str, step: int, numbers: list[int]) -> None:
         """Asks for samples of the training problems of these numbers."""
