@@ -179,7 +179,7 @@ class FleetTop:
         for event in self._tail.read():
             self.state.take(event)
             if event["event"] == "replica" and (seen := self._members.get(event["replica"])):
-                is_start = event["what"] == "started"
+                is_start = event["what"] in ("started", "restarted")
                 seen.state = "running" if is_start else event["what"]
                 seen.started_s = event["time_s"] if is_start else seen.started_s
         self._display.refresh()

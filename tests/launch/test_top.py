@@ -5,6 +5,7 @@ import io
 import pytest
 from gossamer.launch.cli import main
 from gossamer.launch.gantt import COLORS
+from gossamer.launch.recipe import dump_config, load_recipe
 from gossamer.launch.summary import read_events
 from gossamer.launch.top import BAR_CELLS, MIN_STEPS, RunTop, Window, share_bar
 from rich.console import Console
@@ -54,3 +55,16 @@ def test_bars_are_whole_cells_and_as_long_as_the_shares():
 def test_no_run_is_a_sentence(tmp_path, capsys):
     assert main(["top", str(tmp_path)]) == 1
     assert "holds no metrics.jsonl; expected the folder of a run" in capsys.readouterr().err
+
+
+def test_a_run_of_replicas_has_a_row_each(tmp_path, capsys):
+    dump_config(load_recipe("replicas_laptop", ["replicas=2"]), tmp_path / "config.json")
+    fleet = SyntheticRun(tmp_path)
+    fleet.add("fleet_start", name="x", replicas=2)
+    for number, what in ((0, "restarted"), (1, "finished")):
+        SyntheticRun(tmp_path / f"replica-{number}").start(1)
+        fleet.add("replica", replica=f"replica-{number}", what=what)
+    assert main(["top", str(tmp_path), "--once"]) == 0
+    printed = capsys.readouterr().out
+    assert "no round settled yet" in printed
+    assert "replica-0 starting" in printed and "replica-1 finished" in printed
