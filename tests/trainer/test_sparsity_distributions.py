@@ -92,6 +92,17 @@ def test_counts_have_the_exact_sum_and_only_fall(shapes, density, later):
     assert all(second[n] <= first[n] for n in sizes)
 
 
+@given(shapes=SHAPES, density=st.floats(0.05, 1.0), full=st.lists(st.floats(0.0, 1.0), min_size=12))
+def test_what_finds_no_place_goes_to_those_with_room(shapes, density, full):
+    """As after a first mask of another distribution."""
+    sizes = {n: math.prod(s) for n, s in shapes.items()}
+    most = {n: round(f * size) for (n, size), f in zip(sizes.items(), full, strict=False)}
+    found = counts(densities(ERK, shapes, density), sizes, most)
+    assert all(0 <= found[n] <= most[n] for n in sizes)
+    wanted = min(density * sum(sizes.values()), sum(most.values()))
+    assert abs(sum(found.values()) - wanted) <= 0.5 + 1e-6
+
+
 def test_pools():
     name = "model.layers.11.mlp.experts.3.up_proj.weight"
     assert pool_of("layer", name) == "model.layers.11"

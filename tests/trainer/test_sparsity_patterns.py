@@ -3,6 +3,7 @@
 import pytest
 import torch
 from gossamer.trainer.sparsity.config import (
+    DistributionConfig,
     FlowConfig,
     PatternConfig,
     RuleConfig,
@@ -142,3 +143,10 @@ def test_shapes_that_do_not_fit_are_refused(pattern, sentence):
     plan = SparsityPlan(SparsityConfig(rules=(RuleConfig(pattern=pattern),)))
     with pytest.raises(ValueError, match=sentence):
         plan.begin({"w_proj.weight": (96, 64)}, Horizon(10))
+
+
+def test_rows_of_several_lengths_do_not_compete():
+    rows = PatternConfig(kind="block", block_columns=0)
+    rule = RuleConfig(pattern=rows, distribution=DistributionConfig(kind="global"))
+    with pytest.raises(ValueError, match="global with blocks of sizes .*; expected one size"):
+        SparsityPlan(SparsityConfig(rules=(rule,))).begin(EXPERTS, Horizon(10))

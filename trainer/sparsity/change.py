@@ -92,7 +92,7 @@ class Change:
         if self._pattern.kind == "n_m_floor":
             keys = [partial(_floored, key, self._pattern.n, self._pattern.m) for key in keys]
         if kind in POOLED:
-            keys = self._bounded(keys, kept)
+            keys = self._bounded(keys, kept, pools, keep)
         return self._select(keys, pools, keep)
 
     def trade(
@@ -119,13 +119,16 @@ class Change:
         bands = zip(self._bands, masks, strict=True)
         return [spread(mask, *self._blocks[band.name]) for band, mask in bands]
 
-    def _bounded(self, keys: list[Keys], kept: Mapping[str, int]) -> list[Keys]:
+    def _bounded(
+        self,
+        keys: list[Keys],
+        kept: Mapping[str, int],
+        pools: Mapping[str, str],
+        keep: Mapping[str, int],
+    ) -> list[Keys]:
         """Keys by which no pool takes less than floor of a matrix, or more than ceiling."""
-        floor, ceiling, density = (
-            self._distribution.floor,
-            self._distribution.ceiling,
-            self._density,
-        )
+        floor, ceiling = self._distribution.floor, self._distribution.ceiling
+        density = self._density
         if floor > 0.0:
             least = {
                 n: min(kept[n], math.ceil(floor * size), math.floor(density * size))
@@ -138,6 +141,10 @@ class Change:
                 n: min(kept[n], max(math.floor(ceiling * size), math.ceil(density * size)))
                 for n, size in self._sizes.items()
             }
+            short = {pool: keep[pool] - n for pool, n in _summed(most, pools).items()}
+            for name, pool in pools.items():  # rounding may leave a pool too little
+                more = max(0, min(short[pool], kept[name] - most[name]))
+                most[name], short[pool] = most[name] + more, short[pool] - more
             allowed = self._select(keys, self._own, most)
             keys = [partial(_only, k, a) for k, a in zip(keys, allowed, strict=True)]
         return keys

@@ -67,16 +67,21 @@ def counts(
 ) -> dict[str, int]:
     """Whole numbers near shares x sizes, with the sum they should have; `most` is never exceeded.
 
-    Each is rounded down; what is missing goes to the greatest remainders, first to those below
-    their `most`.
+    Each is rounded down; what is missing goes to the greatest remainders, and what finds no place
+    under a `most`, to those with room, in proportion.
     """
     exact = {name: share * sizes[name] for name, share in shares.items()}
     # a share that was a whole number before it was a float is that number
     found = {name: min(math.floor(value + 1e-6), most[name]) for name, value in exact.items()}
     missing = round(math.fsum(exact.values())) - sum(found.values())
-    for name in sorted(exact, key=lambda name: (found[name] - exact[name], name)):
-        if missing > 0 and found[name] < most[name]:
-            found[name], missing = found[name] + 1, missing - 1
+    order = sorted(exact, key=lambda name: (found[name] - exact[name], name))
+    more = dict.fromkeys(order, 1)
+    while missing > 0 and any(found[name] < most[name] for name in order):
+        for name in order:
+            taken = min(more[name], most[name] - found[name], missing)
+            found[name], missing = found[name] + taken, missing - taken
+        room = math.fsum(exact[name] for name in order if found[name] < most[name])
+        more = {name: 1 + int(missing * exact[name] / room) if room else 1 for name in order}
     return found
 
 

@@ -19,10 +19,10 @@ from gossamer.trainer.sparsity.config import (
     RuleConfig,
 )
 from gossamer.trainer.sparsity.criteria import Criterion
-from gossamer.trainer.sparsity.distributions import densities
+from gossamer.trainer.sparsity.distributions import POOLED, densities
 from gossamer.trainer.sparsity.flow import Flow, flow_at
 from gossamer.trainer.sparsity.method import Band, Horizon, Point, Reduce, Shapes
-from gossamer.trainer.sparsity.patterns import check_shape, frame_at
+from gossamer.trainer.sparsity.patterns import block, check_shape, frame_at
 from gossamer.trainer.sparsity.schedules import density_at, position, window
 from torch import Tensor
 
@@ -34,6 +34,13 @@ class Rule:
         self.config, self.shapes, self._horizon, self._seed = config, shapes, horizon, seed
         for name, shape in shapes.items():
             check_shape(config.pattern, name, shape)
+        blocks = {block(config.pattern, shape[1]) for shape in shapes.values()}
+        for distribution in (config.distribution, config.initial.distribution):
+            if distribution is not None and distribution.kind in POOLED and len(blocks) > 1:
+                raise ValueError(
+                    f"distribution.kind is {distribution.kind} with blocks of sizes"
+                    f" {sorted(blocks)}; expected one size, for they compete"
+                )
         self.window = window(config.schedule, horizon)
         self.end_step = round(config.end.at * horizon.total_steps)
         self._keep_score = _criterion(config.criterion, "criterion")
