@@ -99,3 +99,28 @@ def test_one_alone_is_killed_anywhere(tmp_path, point):
     finish(Running(tmp_path / "killed", config, attempt=2))
     assert_same(tmp_path / "whole", tmp_path / "killed")
     assert hashes(tmp_path / "whole") == hashes(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_it_takes_the_anchor_and_the_tokens_that_follow(tmp_path):
+    """What counted is not trained again: the next loss is that of a run that was never killed."""
+
+    def config(folder: str) -> dict:
+        found = settings("a", 0, 1, tmp_path / folder, inner_steps=1, anchor_every_rounds=100)
+        found["checkpoint"]["every_steps"] = 100
+        return found
+
+    finish(Running(tmp_path / "whole", config("rounds")))
+    killed = Running(tmp_path / "killed", config("again"), fault=Fault(after_settle=2))
+    assert killed.ended() == [-signal.SIGKILL]
+    finish(Running(tmp_path / "killed", config("again"), attempt=2))
+    (start,) = events(tmp_path / "killed", "outer_start")[1:]
+    assert (start["source"], start["round"], start["missed"]) == ("anchor", 3, 3)
+    losses = [
+        {e["step"]: (e["loss"], e["tokens"]) for e in events(tmp_path / name, "train_step")}
+        for name in ("whole", "killed")
+    ]
+    del losses[0][3]  # it was killed before it could tell
+    assert losses[0].keys() == losses[1].keys()
+    assert losses[0][4] == losses[1][4]  # from then on inner moments are others
+    assert [each[1] for each in losses[0].values()] == [each[1] for each in losses[1].values()]
