@@ -305,10 +305,19 @@ class Masks:
             return
         for span in held.spans:
             if span.before:
-                mask = held.mask[span.at]
-                constants = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
-                step = int(self._optimizer.state[parameter]["step"])
-                span.flow.adamw(**span.before, mask=mask, **constants, step=step)
+                before = span.before
+                span.flow.adamw(
+                    before["weight"],
+                    before["gradient"],
+                    before["exp_avg"],
+                    before["exp_avg_sq"],
+                    held.mask[span.at],
+                    lr=group["lr"],
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    step=int(self._optimizer.state[parameter]["step"]),
+                )
                 weight[span.at] = span.before["weight"]
                 for kind, moment in self._moments(parameter).items():
                     moment[span.at] = span.before[kind]

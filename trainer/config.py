@@ -167,6 +167,12 @@ class TrainConfig:
             "an sft phase needs conversations; expected data.sources with a messages_field, or"
             " data.task_share 1",
         )
+        copies = self.model.router == "dense_to_sparse" and self.model.moe.dense_to_sparse
+        _require(
+            self.sparsity is None or not (copies and copies.diversify_steps),
+            "model.moe.dense_to_sparse.diversify_steps with sparsity; expected 0, for experts that"
+            " are copied have other masks",
+        )
         if self.outer is not None:
             self._check_outer(self.outer)
             if self.sparsity is not None:

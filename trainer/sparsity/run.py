@@ -177,9 +177,12 @@ class SparseRun:
     def _ask(self) -> None:
         """What is due now, and how the next step goes."""
         self._plan = self.method.step(self._point())
-        self._flows = {name: self.method.flow(name, self._point()) for name in self.names}
-        then = {name: self.method.flow(name, self._point(1)) for name in self.names}
-        self.engine.masks.set_flows(self._flows, then, self._plan.scores)
+        now, later = (
+            {name: self.method.flow(name, self._point(ahead)) for name in self.names}
+            for ahead in (0, 1)
+        )
+        self._flows = now
+        self.engine.masks.set_flows(now, later, self._plan.scores)
 
     def _band(self, rows: Owned) -> Band:
         return Band(
