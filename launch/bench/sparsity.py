@@ -130,7 +130,7 @@ def _trained(sizes: Sizes, done: list[tuple[str, int]]) -> Iterator[Row]:
                 arm, seed = todo.pop(0)
                 answer = Path(folder, f"{arm}-{seed}.json")
                 process = context.Process(
-                    target=train_in_this_process, args=(arm, seed, sizes, answer)
+                    target=train_in_this_process, args=(arm, seed, sizes, answer), daemon=True
                 )
                 process.start()
                 running[process.sentinel] = process, arm, seed, answer

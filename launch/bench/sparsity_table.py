@@ -29,7 +29,7 @@ def render_table(path: Path) -> str:
             "",
             f"Noise, the widest range between seeds of one arm: {found['noise']:.3f} nats.",
             "",
-            *_verdicts(found["verdicts"]),
+            *_verdicts(found["verdicts"], {row["arm"]: row["steps"] for row in found["rows"]}),
             "",
             *_products(found["products"]),
             "",
@@ -59,13 +59,13 @@ def _arms(rows: list[Row]) -> list[str]:
     return lines
 
 
-def _verdicts(verdicts: list[Row]) -> list[str]:
-    lines = _head("question", "difference of loss", "by seed", "verdict")
+def _verdicts(verdicts: list[Row], steps: dict[str, int]) -> list[str]:
+    lines = _head("question", "difference of loss", "by seed", "steps", "here")
     for each in verdicts:
         by_seed = ", ".join(f"{difference:+.3f}" for difference in each["differences"])
-        lines.append(
-            _line(each["question"], f"{each['difference']:+.3f}", by_seed, each["verdict"])
-        )
+        both = f"{steps[each['arm']]}, {steps[each['other']]}"
+        cells = (each["question"], f"{each['difference']:+.3f}", by_seed, both, each["verdict"])
+        lines.append(_line(*cells))
     return lines
 
 

@@ -79,7 +79,7 @@ def test_the_table_says_what_the_json_says(tmp_path):
     path.write_text(json.dumps(result()))
     text = sparsity_table.render_table(path)
     assert "| static_erk | 1.050 (0.100) | 30 | 0.200, 0.200 | 40 % | 0.00100 | 10 |" in text
-    assert "| Is ERK better than uniform? | -1.000 | -1.000, -1.000 | yes |" in text
+    assert "| Is ERK better than uniform? | -1.000 | -1.000, -1.000 | 30, 30 | yes |" in text
     assert "| 0.02 |" in text and "| rigl |" in text
     path.write_text("{}")
     with pytest.raises(ValueError, match="does not hold rows of `gossamer bench sparsity`"):
