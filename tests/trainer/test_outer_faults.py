@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from bad_link import BadLink
+from gossamer.comm.outer.retention import sweep
+from gossamer.comm.store import open_store
 from outer_runs import Fault, Running, finish, hashes, records, settings
 from s3_server import KEYS, S3Server
 from tiny_run import events
@@ -189,3 +191,18 @@ def test_a_link_that_is_cut_for_two_rounds(tmp_path):
     told = rounds_of("a")
     assert told[0]["counted"] == ["a", "b", "c"] and any("b" not in e["counted"] for e in told)
     assert max(hashes(tmp_path / "b")) == ROUNDS
+
+
+@pytest.mark.slow
+def test_one_that_was_away_until_its_rounds_were_deleted_takes_the_newest_anchor(tmp_path):
+    a = live(tmp_path, "a", 2, inner_steps=2)
+    doomed = live(tmp_path, "b", 2, inner_steps=2, fault=Fault(after_update=5))
+    assert doomed.ended() == [-signal.SIGKILL]
+    wait_for_round(tmp_path, 6)
+    sweep(open_store(tmp_path / "rounds"), keep_anchors=1, grace_s=0.0)
+    back = live(tmp_path, "b", 2, attempt=2, inner_steps=2)
+    finish(a, back)
+    check(tmp_path, "ab")
+    start = events(tmp_path / "b", "outer_start")[-1]
+    assert start["source"] == "anchor" and start["round"] >= 7
+    assert events(tmp_path / "b", "run_end")[-1]["step"] == 2 * ROUNDS
