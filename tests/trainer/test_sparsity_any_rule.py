@@ -59,7 +59,7 @@ def rules(draw) -> RuleConfig:
         schedule=schedule,
         criterion=draw(st.sampled_from(SCORES)),
         regrow=RegrowConfig(
-            criterion=draw(st.sampled_from(["none", *SCORES])) if masked else "none",
+            criterion=draw(st.sampled_from(["none", "random", "gradient"])) if masked else "none",
             share=draw(st.floats(0.0, 1.0)),
             rounding=draw(st.sampled_from(["up", "down"])),
         ),

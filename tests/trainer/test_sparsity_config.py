@@ -35,6 +35,7 @@ from gossamer.trainer.sparsity.recipes import RECIPES
         (lambda: InitialConfig(criterion="gradient"), "initial.criterion is gradient"),
         (lambda: RegrowConfig(share=1.5), "regrow.share is 1.5; expected a number from 0 to 1"),
         (lambda: RegrowConfig(criterion="steep"), "regrow.criterion is 'steep'; expected one of"),
+        (lambda: RegrowConfig(criterion="momentum"), "['gradient', 'none', 'random'] or"),
         (lambda: PatternConfig(n=4, m=4), "pattern.n is 4; expected 1 to below m=4"),
         (lambda: PatternConfig(decay="stepwise"), "decay is stepwise with kind unstructured"),
         (

@@ -24,6 +24,8 @@ CRITERIA = {
 }
 """Scores of weights, to keep them by or to grow them by: `score(band, draw)`, see criteria.py."""
 
+GROWN_BY = {"none": "", "random": CRITERIA["random"], "gradient": CRITERIA["gradient"]}
+
 GRADIENT_CRITERIA = ("gradient", "saliency")
 """Those that need dense gradients."""
 
@@ -51,6 +53,10 @@ def _share(where: str, value: float) -> None:
     _require(0.0 <= value <= 1.0, f"{where} is {value}; expected a number from 0 to 1")
 
 
+def _at_least(where: str, value: float, least: int) -> None:
+    _require(value >= least, f"{where} is {value}; expected at least {least}")
+
+
 def _density(where: str, value: float) -> None:
     _require(0.0 < value <= 1.0, f"{where} is {value}; expected above 0 and at most 1")
 
@@ -71,7 +77,7 @@ class DistributionConfig:
 
     def __post_init__(self) -> None:
         _one_of("distribution.kind", self.kind, DISTRIBUTIONS)
-        _require(self.power >= 0, f"distribution.power is {self.power}; expected 0 or more")
+        _at_least("distribution.power", self.power, 0)
         _share("distribution.floor", self.floor)
         _require(
             self.floor <= self.ceiling <= 1.0 and self.ceiling > 0.0,
@@ -116,9 +122,7 @@ class ScheduleConfig:
             self.start <= self.stop <= 1.0,
             f"schedule.stop is {self.stop}; expected start={self.start} to 1",
         )
-        _require(
-            self.every_steps >= 1, f"schedule.every_steps is {self.every_steps}; expected >= 1"
-        )
+        _at_least("schedule.every_steps", self.every_steps, 1)
         _require(self.power > 0, f"schedule.power is {self.power}; expected above 0")
         for level in self.levels:
             _density("schedule.levels", level)
@@ -176,7 +180,8 @@ class RegrowConfig:
     """At each mask change a share of every matrix's kept weights is dropped and as many grow."""
 
     criterion: str = "none"
-    """none, a name in CRITERIA (SET: random; RigL, GraNet: gradient), or an import path."""
+    """none, random (SET), gradient (RigL, GraNet), or an import path; of masked weights, weight and
+    moments are 0 and say nothing."""
     share: float = 0.3
     """Dropped at the first change, of the kept weights."""
     final_share: float = 0.0
@@ -193,15 +198,13 @@ class RegrowConfig:
     """An expert that saw fewer tokens in the window keeps its mask: its gradient says nothing."""
 
     def __post_init__(self) -> None:
-        if self.criterion != "none":
-            check_name(self.criterion, CRITERIA, "regrow.criterion")
+        check_name(self.criterion, GROWN_BY, "regrow.criterion")
         for name in ("share", "final_share", "stop"):
             _share(f"regrow.{name}", getattr(self, name))
         _one_of("regrow.anneal", self.anneal, ("cosine", "constant"))
         _one_of("regrow.rounding", self.rounding, ("down", "up"))
         for name in ("window_steps", "min_tokens"):
-            value = getattr(self, name)
-            _require(value >= 1, f"regrow.{name} is {value}; expected at least 1")
+            _at_least(f"regrow.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -240,10 +243,7 @@ class PatternConfig:
             self.block_rows >= 1 and 64 % self.block_rows == 0,
             f"pattern.block_rows is {self.block_rows}; expected a divisor of 64",
         )
-        _require(
-            self.block_columns >= 0,
-            f"pattern.block_columns is {self.block_columns}; expected 0 or more",
-        )
+        _at_least("pattern.block_columns", self.block_columns, 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,8 +272,7 @@ class FlowConfig:
         _one_of("flow.softening", self.softening, SOFTENINGS)
         _share("flow.ramp", self.ramp)
         for name in ("decay", "rate"):
-            value = getattr(self, name)
-            _require(value >= 0.0, f"flow.{name} is {value}; expected 0 or more")
+            _at_least(f"flow.{name}", getattr(self, name), 0)
         _require(
             self.decay == 0.0 or self.kind != "masked",
             f"flow.decay is {self.decay} with kind masked; expected 0, masked weights are 0",
@@ -298,7 +297,7 @@ class EndConfig:
     def __post_init__(self) -> None:
         _one_of("end.kind", self.kind, ENDS)
         _share("end.at", self.at)
-        _require(self.rewarm_steps >= 0, f"end.rewarm_steps is {self.rewarm_steps}; expected >= 0")
+        _at_least("end.rewarm_steps", self.rewarm_steps, 0)
         _require(
             self.kind == "densify" or not (self.reset_moments or self.rewarm_steps),
             f"end.reset_moments and end.rewarm_steps with kind {self.kind}; expected densify",
@@ -390,10 +389,8 @@ class SparsityConfig:
             "sparsity.rules is empty; expected at least one rule",
         )
         for name in ("total_steps", "total_tokens"):
-            value = getattr(self, name)
-            _require(
-                value is None or value >= 1, f"sparsity.{name} is {value}; expected at least 1"
-            )
+            if (value := getattr(self, name)) is not None:
+                _at_least(f"sparsity.{name}", value, 1)
         _require(
             self.total_tokens is not None or all(r.schedule.unit != "tokens" for r in self.rules),
             "sparsity.total_tokens is missing; a schedule with unit tokens needs it",
