@@ -47,6 +47,8 @@ class Log:
     """Wall seconds of the inner steps before each exchange."""
     exchange_s: list[float] = field(default_factory=list)
     """Wall seconds of each exchange, from sending to new weights."""
+    round_s: list[float] = field(default_factory=list)
+    """Wall seconds of each round, all in but the evaluation."""
 
 
 class Member:

@@ -101,10 +101,11 @@ def _checks(result: Row) -> list[str]:
         exchanges = row["wall_s"] * (1 - row["utilisation"])
         same = "to the bit" if row["loss"] == check["loss"] else f"composed {row['loss']:.6f}"
         lines.append(
-            f"- {_name(arm)} whole over {mbit:g} Mbit/s: {check['wall_s']:.1f} s, of which"
-            f" {check['compute_s']:.1f} s computing, four processes on these cores; composed for a"
-            f" core each: {row['wall_s']:.1f} s, with that computing"
-            f" {check['compute_s'] + exchanges:.1f} s. Loss {check['loss']:.6f} ({same})."
+            f"- {_name(arm)}, dense, seed 1, over {mbit:g} Mbit/s: {check['wall_s']:.1f} s for all"
+            f" rounds, {check['compute_s']:.1f} s of them computing (each round's slowest replica;"
+            f" four on these cores) and {check['wall_s'] - check['compute_s']:.1f} s not; composed,"
+            f" with a core each: {row['wall_s'] - exchanges:.1f} s and {exchanges:.1f} s. Loss"
+            f" {check['loss']:.6f} ({same})."
         )
     return ["", "**Checked end to end**", "", *lines] if lines else []
 
@@ -121,7 +122,7 @@ def _questions(result: Row) -> list[str]:
         return []
     lines = ["", "**Beside the grid**, dense model, SparseLoCo at 3.12 %", ""]
     lines += [_line(["question", "arm", "seeds", "loss"]), "|---|---|---|---|"]
-    for (purpose, arm), losses in found.items():
+    for (purpose, arm), losses in sorted(found.items()):
         lines.append(_line([purpose, arm, str(len(losses)), _range(losses, "{:.3f}")]))
     return lines
 

@@ -51,17 +51,20 @@ def train(
     anchors = Anchors(open_store(folder, create=True), identity, shapes) if arm.leaves else None
     replica = Replica(arm.outer(number, sizes), exchange, member.rows(), anchors)
     for at in range(rounds):
-        if arm.every_step:
-            _steps_together(member, meeting, replica, at)
-        elif is_present(arm, sizes, seed, at, number):
-            _round(member, meeting, replica, at)
-            member.take(replica)
-        elif arm.leaves:
+        is_there = is_present(arm, sizes, seed, at, number)
+        if arm.leaves and not is_there:
             replica.leave()
             break
-        else:
-            replica.catch_up(at + 1)
-            member.take(replica)
+        with Clock() as clock:
+            if arm.every_step:
+                _steps_together(member, meeting, replica, at)
+            elif is_there:
+                _round(member, meeting, replica, at)
+                member.take(replica)
+            else:
+                replica.catch_up(at + 1)
+                member.take(replica)
+        member.log.round_s.append(clock.wall_s)
         if number == 0:
             with meeting.turn:
                 tokens = (at + 1) * sizes.inner_steps * sizes.step_tokens
@@ -172,10 +175,10 @@ def train_over_link(
     """`rounds` rounds of this rank, and what left its host in them."""
     sent_before = int(SENT.read_text()) if SENT.exists() else 0
     network.ready()
-    with tempfile.TemporaryDirectory() as folder, Clock() as clock:
+    with tempfile.TemporaryDirectory() as folder:
         log, digest = train(training, sizes, number, network, rounds, Path(folder))
     sent = int(SENT.read_text()) - sent_before if SENT.exists() else None
-    return asdict(log) | {"hash": digest, "wall_s": clock.wall_s, "link_bytes": sent}
+    return asdict(log) | {"hash": digest, "link_bytes": sent}
 
 
 def read_training(given: Answer) -> Training:
