@@ -111,11 +111,7 @@ class OuterSync:
         if saved:
             self._tokens_before, self._tokens = saved["tokens_before"], saved["tokens"]
             self._load_LE = torch.tensor(saved["expert_load"])
-        course = link.course
-        can_go_on = saved is not None and (
-            course is None or self._agreed(lambda: int(course.can_go_on(number))) == 1
-        )
-        if checkpoint is not None and can_go_on:
+        if checkpoint is not None and saved and self._can_go_on(number):
             self._go_on(rows, checkpoint, number, progress)
         else:
             self._start(rows, progress)
@@ -139,7 +135,7 @@ class OuterSync:
         Raises RefusedError, StaleWriterError, QuorumError, LogError, StoreError; then the run goes
         on from its last checkpoint, or from the newest anchor.
         """
-        is_last = progress.step == sum(each.max_steps for each in self._config.phases)
+        is_last = progress.step == self._steps
         if progress.step % self._outer.inner_steps and not is_last:
             return 0.0
         start_s, tokens = time.perf_counter(), self._tokens
@@ -165,6 +161,11 @@ class OuterSync:
 
     # --- parts ----------------------------------------------------------------------------------
 
+    def _can_go_on(self, number: int) -> bool:
+        """Whether a checkpoint from before round `number` will do."""
+        course = self._link.course
+        return course is None or self._agreed(lambda: int(course.can_go_on(number))) == 1
+
     def _go_on(
         self, rows: list[Rows], checkpoint: Checkpoint, number: int, progress: Progress
     ) -> None:
@@ -176,9 +177,8 @@ class OuterSync:
         put_back(self.replica, checkpoint, rows)
         if self._masks is not None:
             self._masks.attach(self.replica, is_new=False)
-        missed = 0
-        if link.course is not None:
-            course = link.course
+        missed, course = 0, link.course
+        if course is not None:
             until = self._agreed(lambda: course.next_own(number))
             if until > number + 1:
                 missed = self.replica.catch_up(until)
@@ -187,27 +187,20 @@ class OuterSync:
 
     def _start(self, rows: list[Rows], progress: Progress) -> None:
         """From the newest anchor and the rounds since; the first replica makes the first anchor."""
-        link = self._link
-        if link.course is None or link.anchors is None:
-            self.replica = Replica(self._outer, self._exchange, rows, None, 0)
-            if self._masks is not None:
-                self._masks.attach(self.replica, is_new=True)
-            self._say_start("config", 0)
-            return
-        course = link.course
-        anchor = self._agreed(course.anchor)
-        self.replica = Replica(
-            self._outer,
-            self._exchange,
-            rows,
-            link.anchors,
-            anchor=None if anchor < 0 else anchor,
-        )
+        exchange, anchors, course = self._exchange, self._link.anchors, self._link.course
+        if course is None:
+            self.replica = Replica(self._outer, exchange, rows, number=0)
+        else:
+            newest = self._agreed(course.anchor)
+            anchor = None if newest < 0 else newest
+            self.replica = Replica(self._outer, exchange, rows, anchors, anchor=anchor)
         if self._masks is not None:
             self._masks.attach(self.replica, is_new=True)
-        missed = self.replica.catch_up(self._agreed(course.next_round))
-        self._give_up_round(progress)
-        self._say_start("anchor", missed)
+        missed = 0
+        if course is not None:
+            missed = self.replica.catch_up(self._agreed(course.next_round))
+            self._give_up_round(progress)
+        self._say_start("anchor" if course else "config", missed)
 
     def _give_up_round(self, progress: Progress) -> None:
         """Takes up the shared weights, and what goes with them."""

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -142,4 +142,5 @@ def _group(config: OuterConfig, place: RunPlace, data: DataConfig, rank: int) ->
         # a file of its own for each attempt: a dead one's addresses are in the last
         store = dist.FileStore(str(Path(url) / f"meeting-{place.attempt}"))
         store.set_timeout(timeout)
-    return dist.ProcessGroupGloo(dist.PrefixStore(f"rank-{rank}", store), index, size, timeout)
+    group = dist.ProcessGroupGloo(dist.PrefixStore(f"rank-{rank}", store), index, size, timeout)
+    return cast("dist.ProcessGroup", group)  # as much of it as is needed

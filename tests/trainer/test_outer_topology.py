@@ -1,6 +1,7 @@
 """A replica of several ranks, in every ZeRO stage, beside one of a single rank; and DGC."""
 
 import signal
+import socket
 from pathlib import Path
 
 import pytest
@@ -57,12 +58,13 @@ def test_a_replica_of_two_ranks_is_killed_and_comes_back_to_the_same_bits(name, 
 DGC = {"rule": "dgc", "exchange": "collective", "inner_steps": 1, "clip_to_median": 0.0}
 
 
-def run_dgc(root: Path, layout: dict, fault: Fault | None = None) -> Path:
+def run_dgc(root: Path, layout: dict, fault: Fault | None = None, port: int = 0) -> Path:
     """Two replicas that exchange every step's gradient; with a fault, b dies, a with it, and both
     are resumed."""
     configs = []
     for index, name in enumerate("ab"):
-        config = settings(name, index, 2, root / "meet", **DGC)
+        meet = f"tcp://127.0.0.1:{port}" if port else root / "meet"
+        config = settings(name, index, 2, meet, **DGC)
         config["parallel"] = layout
         config["optim"] = {"beta1": 0.0, "max_norm": 0.0}
         config["outer"] |= {"aggregation": "replicas", "dgc": {"density": 0.05}}
@@ -81,7 +83,10 @@ def run_dgc(root: Path, layout: dict, fault: Fault | None = None) -> Path:
 @pytest.mark.parametrize("layout", [LAYOUTS["EP=2, ZeRO-0"], {"data": 1, "expert": 1}])
 def test_dgc_keeps_replicas_equal(layout, tmp_path):
     """Whoever steps with the mean of all gradients from the same weights has the same weights."""
-    root = run_dgc(tmp_path, {"zero_stage": 0} | layout)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = run_dgc(tmp_path, {"zero_stage": 0} | layout, port=port)
     one, other = (events(root / name, "outer_round") for name in "ab")
     assert [each["round"] for each in one] == list(range(STEPS))
     assert all(each["counted"] == ["a", "b"] for each in one + other)
