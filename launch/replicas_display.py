@@ -48,6 +48,7 @@ class RoundTail:
 
     def __init__(self, store: Store | None) -> None:
         self._store, self._next, self._looked_s = store, 0, 0.0
+        self.is_open = store is not None
         self.last: Record | None = None
 
     def read(self) -> None:
@@ -173,7 +174,7 @@ class FleetDisplay:
         """What became of the last round that is settled."""
         record = self._rounds.last
         if record is None:
-            return "no round settled yet"
+            return "no round settled yet" if self._rounds.is_open else ""
         names = [
             each.replica + (" (late)" if each.round < record.round else "")
             for each in record.counted

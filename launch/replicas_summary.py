@@ -75,12 +75,14 @@ def summarise_fleet(fleet: Fleet, run_dir: Path) -> Event:
         of time not waiting for rounds), state_hash after its last round.
     joined: members of the rounds that were not started here.
     rounds: settled ones; late: messages that counted a round later; refused: that never did.
-    wire_bytes: of all messages that counted, as their frames lie in the store.
+    wire_bytes: of all messages that counted, as their frames lie in the store; without a store
+        what the replicas say they sent.
     dense_bytes: the same messages as float32 weights.
     hashes_equal: after every round all replicas held the same weights.
     """
     starts, records = of_kind(fleet.events, "fleet_start"), fleet.records
     counted = [(record, each) for record in records for each in record.counted]
+    told = [e for events in fleet.replicas.values() for e in outer_rounds(events)]
     books = records[-1].books if records else {}
     members = {name: _replica(fleet, name, run_dir) for name in fleet.replicas}
     params = max((e.get("params") or 0 for e in _run_starts(fleet)), default=0)
@@ -89,21 +91,22 @@ def summarise_fleet(fleet: Fleet, run_dir: Path) -> Event:
         "name": starts[-1]["name"] if starts else run_dir.name,
         "end_reason": ends[-1]["reason"] if ends else None,
         "replicas": {
-            name: told
+            name: member
             | {
-                "rounds": sum(each.replica == name for _, each in counted),
-                "tokens": books.get(name, 0),
+                "rounds": sum(each.replica == name for _, each in counted) or member["rounds"],
+                "tokens": books.get(name, member["tokens"]),
             }
-            for name, told in sorted(members.items())
+            for name, member in sorted(members.items())
         },
         "joined": [name for name in fleet.names if name not in fleet.replicas],
         "params": params or None,
-        "rounds": len(records),
+        "rounds": len(records) or len({e["round"] for e in told}),
         "late": sum(each.round < record.round for record, each in counted),
         "refused": sum(len(record.refused) for record in records),
-        "tokens": sum(books.values()),
-        "wire_bytes": sum(part.nbytes for _, each in counted for part in each.parts),
-        "dense_bytes": 4 * params * len(counted),
+        "tokens": sum(books.values()) or sum(m["tokens"] for m in members.values()),
+        "wire_bytes": sum(part.nbytes for _, each in counted for part in each.parts)
+        or sum(e["wire_bytes_sent"] for e in told),
+        "dense_bytes": 4 * params * (len(counted) or len(told)),
         "hashes_equal": hashes_equal(fleet),
         "utilisation": mean([m["utilisation"] for m in members.values() if m["utilisation"]]),
         "restarts": sum(m["restarts"] for m in members.values()),
@@ -123,6 +126,8 @@ def _replica(fleet: Fleet, name: str, run_dir: Path) -> Event:
         "loss_last": alone.get("loss_last"),
         "heldout_loss_last": alone.get("heldout_loss_last"),
         "utilisation": mean([e["utilisation"] for e in rounds]),
+        "rounds": len(rounds),
+        "tokens": sum(e["tokens"] for e in rounds),
         "state_hash": rounds[-1]["state_hash"] if rounds else None,
     }
 

@@ -81,7 +81,14 @@ def write_replica(folder, fleet, index):
 def outer_round(number, step):
     costs = {"compute_s": 3.0, "send_s": 0.1, "wait_s": 0.8, "apply_s": 0.1, "utilisation": 0.75}
     sizes = {"wire_bytes_sent": FRAME, "wire_bytes_read": 2 * FRAME}
-    return {"round": number, "step": step, "state_hash": f"{number:016x}", **costs, **sizes}
+    return {
+        "round": number,
+        "step": step,
+        "tokens": 90,
+        "state_hash": f"{number:016x}",
+        **costs,
+        **sizes,
+    }
 
 
 def fleet_of(run_dir):
@@ -97,6 +104,12 @@ def test_the_summary_counts_messages_by_the_records(run_dir):
     second = found["replicas"]["replica-1"]
     assert (second["state"], second["restarts"], second["rounds"]) == ("finished", 1, 2)
     assert second["steps"] == 6 and second["state_hash"] == f"{2:016x}"
+
+
+def test_without_a_store_the_replicas_themselves_tell(run_dir):
+    found = summarise_fleet(read_fleet(run_dir, None), run_dir)
+    assert (found["rounds"], found["tokens"], found["wire_bytes"]) == (3, 540, 6 * FRAME)
+    assert found["replicas"]["replica-0"]["rounds"] == 3 and found["hashes_equal"] is True
 
 
 def test_one_replica_that_strays_is_told(run_dir):
