@@ -26,6 +26,7 @@ GMP = {
     "match": ["*.q_proj.weight"],
     "schedule": {"kind": "polynomial", "density": 0.2, "every_steps": 2, "stop": 0.75},
 }
+SLOW_RULE = pytest.param("sparseloco", marks=pytest.mark.slow)
 PLAN = {"rules": [RIGL, SR_STE, GMP], "total_steps": STEPS}
 
 
@@ -47,11 +48,9 @@ def changes(folder: Path) -> dict[int, tuple]:
     }
 
 
-@pytest.fixture(scope="module", params=["diloco", "sparseloco"])
+@pytest.fixture(scope="module", params=["diloco", SLOW_RULE])
 def fleet(tmp_path_factory, request) -> dict[str, Path]:
     """a is killed between two rounds and goes on; b has two ranks; c comes in the middle."""
-    if request.param == "sparseloco":
-        request.applymarker(pytest.mark.slow)
     root = tmp_path_factory.mktemp(request.param)
     folders = {name: root / name for name in "abc"}
     a, b, c = (
