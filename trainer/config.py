@@ -209,6 +209,11 @@ class TrainConfig:
                 " masks follow the weights that a round makes",
             )
             _require(
+                rule.end.kind != "prune",
+                f"{where}.end.kind is prune with outer; expected freeze, for these masks are each"
+                " replica's own",
+            )
+            _require(
                 rule.schedule.unit != "tokens",
                 f"{where}.schedule.unit is tokens with outer; expected steps or compute",
             )

@@ -127,6 +127,10 @@ def test_masks_that_replicas_cannot_agree_on_are_refused(tmp_path):
         ({"schedule": every_3}, "expected multiples of outer.inner_steps=2"),
         ({"schedule": every_3, "flow": {"kind": "ste"}}, "expected a divisor"),
         ({"schedule": {"every_steps": 2, "unit": "tokens"}}, "expected steps or compute"),
+        (
+            {"schedule": {"every_steps": 1}, "flow": {"kind": "ste"}, "end": {"kind": "prune"}},
+            "end.kind is prune",
+        ),
         ({"schedule": {"every_steps": 2}, "criterion": "momentum"}, "uses the momentum"),
     ):
         plan = {"rules": [{"match": ["*.q_proj.weight"]} | change], "total_tokens": 1000}
