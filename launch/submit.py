@@ -191,7 +191,7 @@ def follow(client: JobSubmissionClient, submission: str) -> int:
 def _client(address: str) -> JobSubmissionClient:
     has_token = any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
     if has_token or (Path.home() / ".ray" / "auth_token").is_file():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as the `ray` command does
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # else Ray sends none
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
