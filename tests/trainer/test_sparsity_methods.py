@@ -136,6 +136,9 @@ def test_rigl_drops_less_and_less_and_then_nothing():
     plan = SparsityPlan(config)
     plan.begin(EXPERTS, Horizon(1000))
     assert [s for s in range(1001) if plan.step(Point(s)).updates] == list(range(0, 750, 100))
+    plan = SparsityPlan(rule("rigl", schedule={"every_steps": 250}))
+    plan.begin(EXPERTS, Horizon(1000))
+    assert [s for s in range(1001) if plan.step(Point(s)).updates] == [0, 250, 500]
 
 
 def test_rigl_keeps_every_matrixs_count_and_agrees_with_a_plain_one():
