@@ -53,8 +53,8 @@ class Record:
         for each in self._data["trainings"]:
             found = each["training"]
             if (found["model"], found["seed"], arm_of(each)) == wanted:
-                more = {*each.get("also", ()), training.purpose} - {found["purpose"]}
-                each["also"] = sorted(more)
+                if training.purpose != found["purpose"]:
+                    each["also"] = sorted({*each.get("also", ()), training.purpose})
                 return True
         return False
 
