@@ -20,10 +20,10 @@ def render_table(path: Path) -> str:
     """Arms, verdicts, products. Raises ValueError for other JSON."""
     try:
         found = json.loads(path.read_text())
-        sizes = found["sizes"]
+        seeds = ", ".join(str(seed) for seed in sorted({row["seed"] for row in found["rows"]}))
         lines = [
             f"`{found['command']}` on {found['machine']}, load {found['load_average']}; each arm:"
-            f" {len(sizes['seeds'])} seeds, the compute of {sizes['dense_steps']} dense steps.",
+            f" seeds {seeds}, the compute of {found['sizes']['dense_steps']} dense steps.",
             "",
             *_arms(found["rows"]),
             "",
