@@ -106,11 +106,6 @@ class Masks:
 
     # --- for the trainer ------------------------------------------------------------------------
 
-    @property
-    def names(self) -> Iterable[str]:
-        """Logical names that have a mask, those of other ranks among them."""
-        return self._told[0].keys()
-
     def set_flows(
         self, flows: Mapping[str, Flow], then: Mapping[str, Flow], scored: Iterable[str] = ()
     ) -> None:
@@ -123,7 +118,7 @@ class Masks:
         told = dict(flows), dict(then), frozenset(scored)
         if told == self._told:
             return
-        was, self._told = self._told[0], told
+        (was, expected, _), self._told = self._told, told
         if not self._held:
             for state in self._states():
                 flat = state.parameter.detach().view(-1)
@@ -139,7 +134,10 @@ class Masks:
             if is_dense and held.dense is None:
                 held.dense = parameter.detach().view(-1).clone()
         self._find_spans()
-        if any(was[n].keeps_dense != flows[n].keeps_dense for n in was):
+        if was and any(
+            f not in (was[n], expected[n]) or f.keeps_dense != was[n].keeps_dense
+            for n, f in flows.items()
+        ):
             self.apply()
             self._refresh_weights()
 
