@@ -191,12 +191,13 @@ class RolloutPool:
         return unit
 
     def _first(self) -> _Unit | None:
-        """The first unit that is not held back: one that the trainer waits for never is."""
+        """The next unit: of what the trainer waits for, else the oldest, unless enough is ready."""
+        wanted = (unit for unit in self._queue if self._batches[unit.batch].is_wanted)
+        if (unit := next(wanted, None)) is not None:
+            return unit
         most = self._rollout.max_waiting_samples
-        unasked = (len(b.samples) for b in self._batches.values() if not b.is_wanted)
-        is_full = most is not None and sum(unasked) >= most
-        units = (u for u in self._queue if not is_full or self._batches[u.batch].is_wanted)
-        return next(units, None)
+        unasked = sum(len(b.samples) for b in self._batches.values() if not b.is_wanted)
+        return self._queue[0] if self._queue and (most is None or unasked < most) else None
 
     def _replace(self, engine: _Engine, error: ray.exceptions.RayError) -> None:
         """Starts an engine in the place of a dead one, unless somebody did or there were enough."""

@@ -20,6 +20,7 @@ from tiny_run import events
 
 TESTS = Path(__file__).parent
 MODEL = {"pad_token_id": 0, "eos_token_id": 1}
+ENDED = {"token_ids": (1,), "logprobs": (0.0,), "spans": (), "finished": True}
 
 
 class FailingEngine:
@@ -134,6 +135,29 @@ def test_a_prompt_that_fails_again_and_again_is_left_out(build_pool, tmp_path, p
     assert lost["request"] == f"r{poison}" and reason in lost["reason"]
     pool.submit("next", [requests(13)], 0)
     assert len(pool.collect("next")) == 1
+
+
+def test_what_the_trainer_waits_for_comes_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(RolloutPool, "_start", lambda self, what: None)
+    monkeypatch.setattr(RolloutPool, "_serve", lambda self, place: None)
+    pool = RolloutPool(str(tmp_path), RolloutConfig(max_waiting_samples=1), MODEL)
+    pool.submit("ahead", [requests(1), requests(2)], 0)
+    pool.submit("refill", [requests(3)], 0)
+
+    def first() -> str | None:
+        unit = pool._first()
+        return unit and unit.requests[0].request_id
+
+    assert first() == "r1"
+    pool._batches["refill"].is_wanted = True
+    assert first() == "r3"
+    pool._queue.pop()
+    assert first() == "r1"
+    pool._take("ahead", [Sample(**ENDED, request_id="r1")], 1)
+    pool._queue.popleft()
+    assert first() is None  # one sample waits already
+    pool._batches["ahead"].is_wanted = True
+    assert first() == "r2"
 
 
 def test_engines_stop_when_the_trainer_does_not_ask(build_pool, tmp_path):
