@@ -12,6 +12,9 @@ from gossamer.parallel.deepspeed_engine import DeepSpeedEngine
 from gossamer.parallel.dims import ParallelDims, build_dims
 from gossamer.parallel.dispatch import Dispatcher
 from gossamer.parallel.engine import Owned
+from gossamer.parallel.flat_layout import FlatLayout, Segment
+from gossamer.parallel.flat_state import StateGroup
+from gossamer.parallel.masks import Masks
 from gossamer.trainer.config import OptimConfig
 from gossamer.trainer.moe.block import MoEBlock, StepContext
 from gossamer.trainer.moe.experts import GroupedExperts
@@ -331,3 +334,27 @@ def test_masks_and_windows_are_written_moved_and_survive_a_nan(references, tmp_p
     for key, expected in more.items():
         if key.startswith("master"):
             assert (stepped[key] - expected).norm() <= 1e-5 * expected.norm(), key
+
+
+def test_a_nan_off_the_mask_harms_nothing():
+    weight = nn.Parameter(torch.ones(8))
+    segment = Segment("w", (2, 4), 0)
+    state = StateGroup(FlatLayout((segment,), 8), {"w": 0}, weight, 0, 8, 0, None, False)
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    masks = Masks(optimizer, lambda: [state], lambda: None)
+    masks.set_flows({"w": ToyFlow()}, {"w": ToyFlow()}, scored=["w"])
+    mask = torch.tensor([[True, False, True, True], [False, True, True, True]])
+    masks.set_masks(["w"], {("w", 0): mask})
+    for _ in range(2):
+        weight.grad = torch.full((8,), 2.0)
+        weight.grad[1], weight.grad[4] = float("nan"), float("inf")
+        masks.take_gradient(state, 0, weight.grad)
+        assert torch.equal(weight.grad, 2.0 * mask.flatten())
+        masks.close_step(is_finite=True)
+        optimizer.step()
+    assert torch.equal(weight != 0, mask.flatten())
+    assert torch.equal(masks.beside(state)["window"], 4.0 * mask.flatten())
+    masks.take_gradient(state, 0, torch.ones(8))
+    masks.close_step(is_finite=False)
+    assert torch.equal(masks.beside(state, "w")["window"], 4.0 * mask.flatten())
+    assert masks.beside(state, "another") == {}
