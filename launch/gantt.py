@@ -120,10 +120,13 @@ def _gaps(who: str, done: list[Activity], first_s: float, last_s: float) -> Iter
 
 
 def shares(found: list[Activity], who: str) -> dict[str, float]:
-    """Of the time that `who` spent, by activity; what runs beside is left out."""
+    """Of the time from the first to the last that `who` did, by activity; what runs beside is left
+    out. The rest to 1 is the trainer's bookkeeping: checkpoints, evaluations, what it writes."""
     own = [a for a in found if a.who == who and a.what != BESIDE]
-    total_s = sum(a.length_s for a in own)
+    total_s = max(a.stop_s for a in own) - min(a.start_s for a in own)
     spent = {what: sum(a.length_s for a in own if a.what == what) for what in COLORS}
+    if who != "trainer":  # a version may be applied between two tokens of a rollout
+        spent["rollout"] = total_s - spent["apply"] - spent["waiting"]
     return {what: length_s / total_s for what, length_s in spent.items() if length_s}
 
 
@@ -155,9 +158,12 @@ def gantt_chart(events: list[Event]) -> Chart:
     figure.update_xaxes(title=clock.title, range=_window(found, clock), row=1, col=1)
     figure.update_xaxes(title="share of the time (%)", range=[0, 100], row=1, col=2)
     figure.update_layout(barmode="stack", margin={"l": 76}, legend_traceorder="normal")
+    steps = sum(a.what == "train" for a in found)
+    opened = f"{SHOWN_STEPS} of {steps} RL steps" if steps > SHOWN_STEPS else "RL steps"
     note = (
-        f"Left: {SHOWN_STEPS} RL steps from the middle; double-click for all, drag to zoom, hover "
-        "for whom a wait was. A new version is fetched and checked beside sampling (lower lane)."
+        f"Left: {opened}; double-click for all, drag to zoom, hover "
+        "for whom a wait was. A new version is fetched and checked beside sampling (lower lane);"
+        " blank is bookkeeping."
         f" Right: over all steps drawn. The trainer waited {format_percent(waited)} of its time, "
         f"engines {format_percent(idle)} of theirs."
     )
