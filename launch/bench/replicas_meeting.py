@@ -48,7 +48,7 @@ class Hall:
     """A meeting of threads. `expected(n)` replicas take part of round n."""
 
     def __init__(self, replicas: int, expected: Callable[[int], int]) -> None:
-        self.turn = threading.Lock()
+        self.turn: AbstractContextManager[Any] = threading.Lock()
         self.sent_bytes: dict[str, int] = defaultdict(int)
         """Of frames and gradients, by replica."""
         self._replicas, self._expected = replicas, expected
