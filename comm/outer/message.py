@@ -6,9 +6,9 @@ norms that the sender found once in float64; so all who read it do the same sums
 Of a frame's header `version` is the round, `base_version` the same with the hash of the weights
 that the round began with, `step` the sender's inner steps so far, `writer_epoch` its incarnation,
 `part` and `num_parts` its rank and the ranks of its replica, `num_changed` all values sent. The
-table's "about" holds `replica`, `tokens` (of its stream: before the round, and in it) and one entry
-a run of `ks` (0: dense) and `norms`. Runs are coded by `topk` (sparse.py) or whole by `dense`, in
-float32 or bfloat16.
+table's "about" holds `replica`, `tokens` (of its stream: before the round, and in it), `masks`
+(their version, where there are any) and one entry a run of `ks` (0: dense) and `norms`. Runs are
+coded by `topk` (sparse.py) or whole by `dense`, in float32 or bfloat16.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class Message:
     """Of the sender's stream, trained before this round."""
     tokens: int
     """Trained by the sender in this round."""
+    mask_version: int = 0
+    """The round before which the masks that it began with last changed; 0 where none did."""
     sent: list[Sent]
 
 
@@ -136,7 +138,8 @@ def pack_message(message: Message, sign: Callable[[bytes], bytes] | None = None)
             "tokens": [message.tokens_before, message.tokens],
             "ks": [by_run[id(run)].k for run in runs],
             "norms": [by_run[id(run)].norm for run in runs],
-        },
+        }
+        | ({"masks": message.mask_version} if message.mask_version else {}),
     )
     return pack_frame(frame, sign)
 
@@ -174,6 +177,7 @@ def unpack_message(
         inner_steps=frame.step,
         tokens_before=tokens[0],
         tokens=tokens[1],
+        mask_version=_read_mask_version(frame.about),
         sent=[_read_sent(*each) for each in zip(frame.runs, ks, norms, strict=True)],
     )
 
@@ -214,6 +218,12 @@ def _read_about(about: Any, num_runs: int) -> tuple[str, list[int], list[int], l
     are_norms = all(type(norm) is float and 0 <= norm < math.inf for norm in norms)
     _expect(are_norms, "norms must be finite")
     return replica, tokens, ks, norms
+
+
+def _read_mask_version(about: dict[str, Any]) -> int:
+    version = about.get("masks", 0)
+    _expect(type(version) is int and 0 <= version < 2**61, "masks must be a version")
+    return version
 
 
 def _run_of(name: str, shape: tuple[int, ...], row_start: int, rows: torch.Tensor) -> Run:

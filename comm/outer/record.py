@@ -58,7 +58,9 @@ class Record:
     parent_hash: str | None
     """blake2b-256, hex, of the last record's file."""
     base_hash: str
-    """Hash of the weights that the round began with."""
+    """Hash of the weights that the round began with, and of their masks where there are any."""
+    mask_version: int = 0
+    """The round before which those masks last changed."""
     counted: list[Counted]
     """In the order in which they are added up: by replica, then by round."""
     refused: dict[str, str]

@@ -163,6 +163,7 @@ class LogExchange:
             round=number,
             parent_hash=parent,
             base_hash=verdict.base_hash,
+            mask_version=verdict.mask_version,
             counted=verdict.counted,
             refused=verdict.refused,
             books=verdict.books,

@@ -72,6 +72,8 @@ class Verdict:
     refused: dict[str, str]
     """Of this round: why a replica's message does not count."""
     books: dict[str, int]
+    mask_version: int = 0
+    """Of the masks that go with those weights."""
 
 
 def judge(
@@ -109,4 +111,5 @@ def judge(
             continue
         stops[offer.replica] = offer.tokens_before + offer.tokens
         counted.append(offer.counted())
-    return Verdict(base, counted, refused, stops)
+    versions = [each.messages[0].mask_version for each in sound if each.base_hash == base]
+    return Verdict(base, counted, refused, stops, max(versions, default=0))

@@ -66,6 +66,7 @@ MESSAGE = Message(
     inner_steps=210,
     tokens_before=2**40,
     tokens=12345,
+    mask_version=6,
     sent=sent_of(),
 )
 DATA = pack_message(MESSAGE)
@@ -190,6 +191,7 @@ def experts_of(table: dict) -> dict:
         (lambda t: t.update(about=[]), "about must be an object"),
         (lambda t: t["about"].update(replica=""), "replica must be a name"),
         (lambda t: t["about"].update(tokens=[0, -1]), "tokens must be"),
+        (lambda t: t["about"].update(masks=-1), "masks must be a version"),
         (lambda t: t["about"]["ks"].pop(), "ks and norms must have"),
         (lambda t: t["about"]["ks"].__setitem__(0, 4097), "ks must be"),
         (lambda t: t["about"]["ks"].__setitem__(0, True), "ks must be"),

@@ -1,5 +1,6 @@
 """Replicas under one plan: the same masks on all, of any topology, whenever they came."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,12 @@ def test_all_replicas_hold_the_same_masks_at_the_plans_density(fleet):
         ]
         kept = sum(int(mask.sum()) for mask in masks)
         assert abs(kept - density * sum(mask.numel() for mask in masks)) <= len(masks)
+
+
+def test_the_record_of_a_round_names_the_version_of_its_masks(fleet):
+    records = [json.loads(p.read_text()) for p in sorted(fleet["rounds"].glob("round-*.json"))]
+    assert [each["mask_version"] for each in records] == list(range(len(records)))
+    assert len({each["base_hash"] for each in records}) == len(records)
 
 
 def test_nothing_lives_off_the_mask(fleet):

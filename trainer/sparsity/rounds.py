@@ -203,7 +203,7 @@ class _KeptExchange:
         """See Exchange."""
         since = self._masks.changed_in
         sent = [part for each in message.sent for part in self._kept(each, since)]
-        self._exchange.send(replace(message, sent=sent))
+        self._exchange.send(replace(message, mask_version=since, sent=sent))
 
     def settle(self, number: int) -> Settled:
         """See Exchange."""
