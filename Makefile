@@ -11,8 +11,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	@$(BIN)/python -m pytest
 
+# two files at once: most of these tests wait for processes that start
 test-slow: $(INSTALLED)
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 # opens reports in Debian's Chromium; without it its tests say so and are skipped
 test-browser: $(INSTALLED)
