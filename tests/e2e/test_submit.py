@@ -18,11 +18,14 @@ TESTS = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Address of the dashboard of a Ray head of our own, with four logical CPUs."""
-    with socket.socket() as probe:
+    with socket.socket() as probe, socket.socket() as other:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        other.bind(("127.0.0.1", 0))
+        port, agent_port = probe.getsockname()[1], other.getsockname()[1]
     ray = [Path(sys.executable).parent / "ray", "start", "--head", "--block", "--num-cpus=4"]
     ray += ["--port=0", "--dashboard-host=127.0.0.1", f"--dashboard-port={port}"]
+    # jobs go through the agent, whose usual port belongs to any other cluster of this machine
+    ray += [f"--dashboard-agent-listen-port={agent_port}"]
     # unix sockets have short names; workers import tiny_run's reward
     folder = Path("/tmp") / f"gossamer-ray-{os.getpid()}"
     paths = {"PYTHONPATH": str(TESTS), "PATH": f"{ray[0].parent}:{os.environ['PATH']}"}
