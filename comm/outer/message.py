@@ -220,8 +220,8 @@ def _read_about(about: Any, num_runs: int) -> tuple[str, list[int], list[int], l
     return replica, tokens, ks, norms
 
 
-def _read_mask_version(about: dict[str, Any]) -> int:
-    version = about.get("masks", 0)
+def _read_mask_version(about: dict[str, Any] | None) -> int:
+    version = (about or {}).get("masks", 0)
     _expect(type(version) is int and 0 <= version < 2**61, "masks must be a version")
     return version
 
