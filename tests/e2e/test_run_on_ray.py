@@ -98,6 +98,7 @@ def test_a_run_on_text_alone_needs_no_engines(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three runs, beside another file of slow tests
 def test_killed_engine_rank_and_driver_leave_the_run_that_was_never_killed(tmp_path):
     recipe, whole, killed = write_recipe(tmp_path), tmp_path / "whole", tmp_path / "killed"
     finish(gossamer("rl", recipe, "--run-dir", whole), 0)
