@@ -7,6 +7,7 @@ writes through it writes the model.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -25,6 +26,8 @@ RENAMED = {
 """By model type: parts of names that are others in the model than in its checkpoints."""
 KEPT_FLOAT32 = (".e_score_correction_bias",)
 """Ends of names of what is never rounded: a routing bias moves by steps that bfloat16 loses."""
+
+EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.experts\.(\d+)\.")
 
 
 def published_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -65,6 +68,13 @@ def logical_views(
             for projection, matrix in zip(projections, expert.chunk(len(projections)), strict=True):
                 views[f"{stem}.{e}.{projection}.weight"] = matrix
     return {checkpoint_name(name, model_type): view for name, view in views.items()}
+
+
+def expert_places(names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(MoE layer, expert) of the names of experts' tensors, as the load of a step counts them."""
+    found = {name: match for name in names if (match := EXPERT.search(name))}
+    layers = sorted({int(match[1]) for match in found.values()})
+    return {n: (layers.index(int(match[1])), int(match[2])) for n, match in found.items()}
 
 
 def checkpoint_name(name: str, model_type: str) -> str:

@@ -8,7 +8,6 @@ end of the run are the same for all. What a round is: comm/outer/replica.py.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gossamer.comm.codec.part import Rows
+from gossamer.comm.names import expert_places
 from gossamer.comm.outer.exchange import Exchange, Settled
 from gossamer.comm.outer.replica import SHARED_PREFIX, Replica
 from gossamer.comm.outer.rule import Key
@@ -36,8 +36,6 @@ from gossamer.trainer.sparsity.rounds import SharedMasks
 from gossamer.trainer.sparsity.run import SparseRun
 from gossamer.trainer.update import UpdateResult
 from torch import Tensor
-
-EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.experts\.(\d+)\.")
 
 
 class OuterSync:
@@ -69,8 +67,7 @@ class OuterSync:
         )
         self._clock_s: float | None = None
         held = [name for logical in model.segments.values() for name, _ in logical]
-        layers = {int(found[1]) for found in map(EXPERT.search, held) if found}
-        self._layer_index = {layer: index for index, layer in enumerate(sorted(layers))}
+        self._experts = expert_places(held)
 
     # --- as the checkpoint has it ---------------------------------------------------------------
 
@@ -268,8 +265,8 @@ class OuterSync:
         """Tensors of experts that saw no token since the last round."""
         idle = set()
         for name, _ in self.replica.rows:
-            found = EXPERT.search(name)
-            if found and not self._load_LE[self._layer_index[int(found[1])], int(found[2])]:
+            place = self._experts.get(name.rpartition(" ")[2])  # a mask's is `mask of NAME`
+            if place is not None and not self._load_LE[place]:
                 idle.add(name)
         return idle
 

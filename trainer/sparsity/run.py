@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
+from gossamer.comm.names import expert_places
 from gossamer.parallel.engine import Engine, Owned
 from gossamer.parallel.gather import gather_texts
 from gossamer.parallel.masks import MASK, WINDOW
@@ -25,8 +25,6 @@ from gossamer.trainer.sparsity.measure import Measure
 from gossamer.trainer.sparsity.method import Band, Horizon, Point, SparsityMethod, StepPlan
 from gossamer.trainer.update import UpdateResult
 from torch import Tensor
-
-EXPERT = re.compile(r"(?:^|\.)layers\.(\d+)\..*\.experts\.(\d+)\.")
 
 
 class SparseRun:
@@ -205,13 +203,6 @@ class SparseRun:
         for name in names:
             self._window.pop(name, None)
         self.engine.masks.clear_window(names, is_over=not (self._window or self._plan.scores))
-
-
-def expert_places(shapes: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """(MoE layer, expert) of the names of experts' tensors, as the load of a step counts them."""
-    found = {name: match for name in shapes if (match := EXPERT.search(name))}
-    layers = sorted({int(match[1]) for match in found.values()})
-    return {n: (layers.index(int(match[1])), int(match[2])) for n, match in found.items()}
 
 
 def _all_shapes(model: MoEModel) -> dict[str, tuple[int, ...]]:
