@@ -116,7 +116,7 @@ def course_of(config: TrainConfig, shapes: Shapes) -> Course:
     sparsity = config.sparsity
     if sparsity is None:
         raise ValueError("the recipe has no train.sparsity; expected a plan, or --method NAME")
-    steps = sum(phase.max_steps for phase in config.phases)
+    steps = config.max_steps
     horizon = Horizon(sparsity.total_steps or steps, sparsity.total_tokens)
     method = resolve(sparsity.method, SPARSITY_METHODS, "sparsity.method")(sparsity)
     names = method.begin(shapes, horizon)

@@ -147,6 +147,11 @@ class TrainConfig:
     """Refuses operations that may not repeat bit for bit, and runs each rank on one thread; slower
     (docs/runs.md)."""
 
+    @property
+    def max_steps(self) -> int:
+        """Updates of all phases, if none ends early."""
+        return sum(phase.max_steps for phase in self.phases)
+
     def __post_init__(self) -> None:
         _require(bool(self.phases), "phases is empty; expected at least one phase")
         _require(self.micro_rows >= 1, f"micro_rows is {self.micro_rows}; expected at least 1")
@@ -190,7 +195,7 @@ class TrainConfig:
         non_finite, rounds = self.optim.non_finite, f"outer.inner_steps={outer.inner_steps}"
         _require(outer.rule != "dgc", "outer.rule is dgc with sparsity; expected another rule")
         _require(non_finite == "raise", f"optim.non_finite is {non_finite}; expected raise")
-        total = sparsity.total_steps or sum(phase.max_steps for phase in self.phases)
+        total = sparsity.total_steps or self.max_steps
         for number, rule in enumerate(sparsity.rules):
             where, every = f"sparsity.rules[{number}]", rule.schedule.every_steps
             end = round(rule.end.at * total)

@@ -54,7 +54,7 @@ class OuterSync:
     ) -> None:
         """`event` is called with the name and fields of what happened, on rank 0."""
         assert config.outer is not None
-        self._steps = sum(phase.max_steps for phase in config.phases)
+        self._steps = config.max_steps
         self._masks: SharedMasks | None = None
         if sparse is not None:
             self._masks = SharedMasks(sparse, config.outer.inner_steps, self._steps)

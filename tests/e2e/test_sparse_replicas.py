@@ -9,24 +9,9 @@ from gossamer.launch.recipe import build_config
 from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
 from gossamer.trainer.config import TrainConfig
 from outer_runs import STEPS, Fault, Running, finish, hashes, settings
+from sparse_rules import GMP, RIGL, SR_STE
 from tiny_run import events
 
-RIGL = {
-    "match": ["*.experts.*.gate_proj.weight", "*.experts.*.up_proj.weight"],
-    "distribution": {"kind": "erk"},
-    "schedule": {"density": 0.3, "every_steps": 2},
-    "regrow": {"criterion": "gradient", "window_steps": 2, "stop": 1.0},
-}
-SR_STE = {
-    "match": ["*.experts.*.down_proj.weight"],
-    "schedule": {"every_steps": 1},
-    "pattern": {"kind": "n_m", "n": 2, "m": 4},
-    "flow": {"kind": "ste", "decay": 2e-4},
-}
-GMP = {
-    "match": ["*.q_proj.weight"],
-    "schedule": {"kind": "polynomial", "density": 0.2, "every_steps": 2, "stop": 0.75},
-}
 SLOW_RULE = pytest.param("sparseloco", marks=pytest.mark.slow)
 PLAN = {"rules": [RIGL, SR_STE, GMP], "total_steps": STEPS}
 

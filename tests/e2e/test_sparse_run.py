@@ -18,25 +18,10 @@ from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.prepare import prepare_run
 from gossamer.trainer.sparsity.bits import unpack_rows
 from safetensors import safe_open
+from sparse_rules import GMP, RIGL, SR_STE
 from tiny_run import SETTINGS, events
 from transformers import AutoModelForCausalLM
 
-RIGL = {
-    "match": ["*.experts.*.gate_proj.weight", "*.experts.*.up_proj.weight"],
-    "distribution": {"kind": "erk"},
-    "schedule": {"density": 0.3, "every_steps": 2},
-    "regrow": {"criterion": "gradient", "window_steps": 2, "stop": 1.0},
-}
-SR_STE = {
-    "match": ["*.experts.*.down_proj.weight"],
-    "schedule": {"every_steps": 1},
-    "pattern": {"kind": "n_m", "n": 2, "m": 4},
-    "flow": {"kind": "ste", "decay": 2e-4},
-}
-GMP = {
-    "match": ["*.q_proj.weight"],
-    "schedule": {"kind": "polynomial", "density": 0.2, "every_steps": 2, "stop": 0.75},
-}
 STEPS, IN_A_WINDOW = 7, 3
 CHANGED_AT = [0, 1, 2, 3, 4, 5, 6, 7]
 

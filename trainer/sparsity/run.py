@@ -37,7 +37,7 @@ class SparseRun:
         assert config.sparsity is not None
         self.engine, self._event = engine, event
         shapes = _all_shapes(model)
-        steps = config.sparsity.total_steps or sum(phase.max_steps for phase in config.phases)
+        steps = config.sparsity.total_steps or config.max_steps
         self.method: SparsityMethod = resolve(
             config.sparsity.method, SPARSITY_METHODS, "sparsity.method"
         )(config.sparsity)
