@@ -63,6 +63,8 @@ class ClusterConfig:
     """Ray address to join (`auto`, or ray://host:port); None starts a cluster on this machine."""
     cpus_per_rank: float = 1.0
     """CPUs that Ray reserves for a trainer rank."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Labels that a node must have to be given ranks, as `ray start --labels` sets them."""
 
     def __post_init__(self) -> None:
         if self.cpus_per_rank < 0:
@@ -70,18 +72,37 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RecoveryConfig:
+    """When a part of the run that died (the trainer, an engine, one replica of several) is started
+    again; launch/lifecycle.py decides."""
+
+    max_failures: int = 5
+    """So often in a row without having achieved anything; then it is given up. 0: at once."""
+    pause_s: float = 1.0
+    """Before it is started again; doubles with every failure in a row."""
+    max_pause_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_failures", "pause_s"):
+            value = getattr(self, name)
+            if value < 0:
+                raise ValueError(f"recovery.{name} is {value}; expected 0 or more")
+        if self.max_pause_s < self.pause_s:
+            raise ValueError(
+                f"recovery.max_pause_s is {self.max_pause_s}; expected at least"
+                f" recovery.pause_s={self.pause_s}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FleetConfig:
     """How several replicas of a run are looked after."""
 
-    max_restarts: int = 5
-    """How often one replica that died is started again; the others go on without it."""
     link_mbit: float | None = None
     """Each replica reaches the rounds through a link of so many megabits a second, on this machine;
     None: as fast as it goes."""
 
     def __post_init__(self) -> None:
-        if self.max_restarts < 0:
-            raise ValueError(f"fleet.max_restarts is {self.max_restarts}; expected 0 or more")
         if self.link_mbit is not None and self.link_mbit <= 0:
             raise ValueError(f"fleet.link_mbit is {self.link_mbit}; expected a positive number")
 
@@ -98,6 +119,8 @@ class RunConfig:
     """Replicas that train one model in rounds (train.outer), each a run of its own."""
     fleet: FleetConfig = field(default_factory=FleetConfig)
     """How they are looked after, where there are several."""
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    """What is started again."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The engines."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

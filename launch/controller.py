@@ -1,8 +1,8 @@
-"""Runs a recipe from start to proof: cluster, engines, replica, display, summary, report.
+"""Runs a recipe from start to proof: its folder, attempts on a cluster, display, summary, report.
 
-The one idea: everything worth knowing is in the run's folder. The controller starts the parts,
-watches the replica's one attempt, shows what the metrics file says, and judges the run by it;
-going on after a failure is a new attempt from the newest whole checkpoint.
+The one idea: everything worth knowing is in the run's folder. The controller shows what the metrics
+file says and judges the run by it; a run that was stopped, or whose driver died, goes on from what
+the folder holds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from gossamer.launch.replicas_members import prepare_member
 from gossamer.launch.report import write_report
 from gossamer.launch.summary import of_kind, read_events, write_summary
 from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
-from gossamer.trainer.prepare import load_run_tokenizer
 
 CONFIG_FILE = "config.json"
 REFRESH_S = 0.5
+GAVE_UP = "gave up"
+"""In the last words of a driver that would fail again."""
 
 
 class RunError(RuntimeError):
@@ -144,7 +145,7 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: str | N
             events.write("run_end", {"reason": "stopped by its user"})
             raise KeyboardInterrupt(f"`gossamer resume {run_dir}` goes on") from None
         except BaseException as error:
-            events.write("run_end", {"reason": last_sentence(error)})
+            events.write("run_end", {"reason": str(error) or type(error).__name__})
             raise
         finally:
             display.stop()
@@ -156,57 +157,20 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: str | N
 def _run_on_ray(
     config: RunConfig, run_dir: Path, number: int, resume_from: str | None, display: LiveDisplay
 ) -> None:
-    import ray
     from gossamer.launch.cluster import connect
     from gossamer.launch.engine_actor import write_pid
-    from gossamer.launch.replica import Replica
-    from gossamer.launch.rollout_pool import RolloutPool
-    from gossamer.trainer.session import RunPlace
 
     write_pid(run_dir, "driver")
-    place = RunPlace(run_dir=run_dir, name=config.name, attempt=number, resume_from=resume_from)
     with connect(config, run_dir):
-        pool: Any = None
-        if config.has_rollouts:
-            model = _engine_model(config, run_dir)
-            options = {"num_cpus": 0, "max_concurrency": 8}
-            pool = (
-                ray.remote(RolloutPool)
-                .options(**options)
-                .remote(str(run_dir), config.rollout, model)
-            )
-        replica: Any = ray.remote(Replica).options(num_cpus=0).remote()
-        watched = [replica.fit.remote(config.train, config.cluster, place, pool)]
-        if pool is not None:
-            watched.append(pool.watch.remote())  # ends only when the engines cannot go on
-        while not (ended := ray.wait(watched, timeout=REFRESH_S)[0]):
-            display.refresh()
-        try:
-            ray.get(ended[0])
-        except ray.exceptions.RayError as error:
+        from gossamer.launch.attempts import Attempts  # imports Ray, which reads its settings then
+
+        attempts = Attempts(config, run_dir, number, display.refresh)
+        if (why := attempts.run(resume_from)) is not None:
             raise RunError(
-                f"attempt {number} failed ({last_sentence(error)}); see {run_dir / 'logs'} and go"
-                f" on with `gossamer resume {run_dir}`"
-            ) from error
+                f"{GAVE_UP} the trainer ({why}); see {run_dir / 'logs'} and go on with"
+                f" `gossamer resume {run_dir}`"
+            )
         display.refresh()
-
-
-def _engine_model(config: RunConfig, run_dir: Path) -> dict[str, Any]:
-    """The Hugging Face config, as a dict, that rollout engines build."""
-    from gossamer.trainer.model import hf_config
-
-    tokenizer = load_run_tokenizer(run_dir)
-    hf = hf_config(config.train.model, tokenizer.hf_fields())
-    # a foreign config may name several tokens that end, or none that pads
-    return hf.to_dict() | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id or 0}
-
-
-def last_sentence(error: BaseException) -> str:
-    """The last meaningful line of an error that Ray may have wrapped many times."""
-    if "worker process has died" in str(error):
-        return "a trainer rank's process was killed or crashed"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 @contextmanager

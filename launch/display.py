@@ -71,7 +71,7 @@ class RunState:
         self.wire_bytes = self.full_bytes = 0
         self.engines: dict[str, str] = {}
         self.lost = 0
-        self.torn: list[str] = []
+        self.news: list[str] = []
 
     def take(self, event: Event) -> bool:
         """Takes one event in; True when it deserves a line of its own (phase change, eval, end)."""
@@ -100,8 +100,12 @@ class RunState:
                 else:
                     self.heldout_loss = event.get("loss")
                 return True
+            case "lifecycle":
+                if event["why"]:
+                    self.news = [event["why"]]
+                return bool(event["why"])
             case "checkpoint_torn":
-                self.torn.append(f"resumed from an earlier checkpoint, for {event['reason']}")
+                self.news.append(f"resumed from an earlier checkpoint, for {event['reason']}")
                 return True
             case "run_end":
                 self.ended = str(event.get("reason", "ended"))
@@ -112,7 +116,7 @@ class RunState:
         self.name, self.ended = str(event["name"]), None
         self.started_s = event["time_s"] if self.started_s is None else self.started_s
         self.attempts += 1
-        self.torn = []
+        self.news = []
         named = [p for p in event.get("phases") or [] if isinstance(p, dict)]
         self.totals = {p["name"]: p["max_steps"] for p in named if "max_steps" in p}
 
@@ -185,7 +189,7 @@ class RunState:
         parts = [
             f"[{format_duration(self.elapsed_s(self.last_s))}]",
             f"{self.phase or 'starting'} {done}" + (f"/{total}" if total else ""),
-            *self.torn,
+            *self.news,
             *(f"{name} {words}" for name, words in facts.items()),
             *([f"ended: {self.ended}"] if self.ended else []),
         ]
@@ -220,7 +224,7 @@ class RunState:
         below = [format_duration(self.elapsed_s(now_s))]
         below += [f"attempt {self.attempts}"] if self.attempts > 1 else []
         below += [f"ended: {self.ended}"] if self.ended else []
-        told = [Text(fault, "bold red") for fault in self.torn]
+        told = [Text(fault, "bold red") for fault in self.news]
         content = Group(head, *told, Text(), body) if self.phase else Group(head, *told)
         return Panel(content, title=title, subtitle=Text(" · ".join(below)), padding=(1, 2))
 

@@ -93,10 +93,15 @@ class EngineActor:
         return [so_far[request.request_id] for request in requests], cuts, dropped
 
     def audit(self, version: int) -> str:
-        """State hash of the live weights once they are at `version`."""
-        while self._version != version:
+        """State hash of the live weights once they are at `version`.
+
+        Raises ValueError where they are at a later one: nobody waits for the answer any more.
+        """
+        while self._version is None or self._version < version:
             if not self._follow():
                 time.sleep(0.01)
+        if self._version > version:
+            raise ValueError(f"the engine is at version {self._version}, past version {version}")
         return self._engine.audit()
 
     def _follow_for_ever(self) -> None:

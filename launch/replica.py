@@ -1,7 +1,7 @@
 """A replica: one gang of trainer ranks, run by Ray Train inside one actor.
 
 The one idea: `fit` blocks, so it lives in an actor of its own; it makes one attempt and reports how
-it ended. Whether there is another attempt is the controller's business, from the run's folder.
+it ended. Whether there is another attempt is not its business (launch/attempts.py).
 """
 
 from __future__ import annotations
@@ -10,9 +10,18 @@ import os
 from typing import Any
 
 import ray
+from gossamer.comm.log import StaleWriterError
 from gossamer.launch.config import ClusterConfig
 from gossamer.launch.engine_actor import write_pid
+from gossamer.launch.lifecycle import Failure
 from gossamer.trainer.config import TrainConfig
+
+WOULD_FAIL_AGAIN = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError),
+    *(ImportError, NameError, StaleWriterError),
+)
+"""Another attempt mends processes, machines, networks and disks, not these; and a run that another
+driver goes on with is not to be taken back."""
 
 
 class _PoolClient:
@@ -60,28 +69,65 @@ def run_rank(settings: dict[str, Any]) -> None:
 class Replica:
     """Runs one attempt."""
 
-    def fit(self, config: TrainConfig, cluster: ClusterConfig, place: Any, pool: Any) -> None:  # noqa: ANN401
-        """Returns when all phases are done; raises what made a rank fail."""
+    def fit(
+        self,
+        config: TrainConfig,
+        cluster: ClusterConfig,
+        place: Any,  # noqa: ANN401, a RunPlace
+        pool: Any,  # noqa: ANN401, an actor's handle
+    ) -> Failure | None:
+        """Returns None once all phases are done, or what made a rank fail."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
 
+        write_pid(place.run_dir, "replica")
         settings = {
             "config": config,
             "place": place,
             "pool": pool,
             "cpus_per_rank": cluster.cpus_per_rank,
         }
-        TorchTrainer(
+        trainer = TorchTrainer(
             run_rank,
             train_loop_config=settings,
             torch_config=TorchConfig(backend="gloo"),
             scaling_config=ScalingConfig(
                 num_workers=config.parallel.world_size,
                 resources_per_worker={"CPU": cluster.cpus_per_rank},
+                label_selector=dict(cluster.labels) or None,
             ),
             run_config=RunConfig(
                 name=f"attempt-{place.attempt}",
                 storage_path=str(place.run_dir.resolve() / "ray_train"),
                 failure_config=FailureConfig(max_failures=0),
             ),
-        ).fit()
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            return failure_of(error)
+        return None
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What an attempt died of: of many ranks' errors the one that made the others fail."""
+    alone = {None: getattr(error, "controller_failure", error)}
+    by_rank = getattr(error, "worker_failures", None) or alone
+    # Ray Train wraps what a rank raised
+    causes = {rank: getattr(each, "_base_exc", each) for rank, each in by_rank.items()}
+    for rank, cause in causes.items():
+        if isinstance(cause, WOULD_FAIL_AGAIN):
+            return Failure(_told(rank, cause), is_final=True)
+    for rank, cause in causes.items():
+        if "worker process has died" in str(cause) or isinstance(cause, ray.exceptions.RayError):
+            return Failure(f"the process of trainer rank {rank} was killed or crashed")
+    # a rank that lost another one says so in RuntimeErrors of torch
+    ours = [pair for pair in causes.items() if type(pair[1]) is not RuntimeError]
+    return Failure(_told(*(ours or list(causes.items()))[0]))
+
+
+def _told(rank: int | None, cause: BaseException) -> str:
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    said = lines[-1] if lines else type(cause).__name__
+    return said if rank is None else f"rank {rank}: {said}"

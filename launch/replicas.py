@@ -2,7 +2,8 @@
 
 The one idea: a replica is a `gossamer train` of its own, in a process and a folder of its own, so
 the death of one is no more to the others than a link that is cut. What is here only starts them,
-takes those that died up again by `gossamer resume`, and tells how they are.
+takes those that died up again by `gossamer resume` as launch/lifecycle.py decides, and tells how
+they are.
 
     RUN_DIR/config.json, metrics.jsonl    the run's recipe; what became of its replicas
     RUN_DIR/rounds/                       where they meet, unless train.outer.url says otherwise
@@ -30,6 +31,7 @@ from gossamer.launch.controller import (
     rich_console,
     sole_driver,
 )
+from gossamer.launch.lifecycle import State
 from gossamer.launch.quantities import format_bytes, format_count
 from gossamer.launch.recipe import dump_config, with_absolute_paths
 from gossamer.launch.replicas_display import FleetDisplay
@@ -101,7 +103,7 @@ def _run(config: RunConfig, run_dir: Path, options: list[str]) -> None:
         display.start()
         try:
             _watch(config, run_dir, members, events, display)
-            ended = [member.name for member in members if member.state == "finished"]
+            ended = [member.name for member in members if member.state is State.FINISHED]
             reason = "finished" if ended else "no replica finished"
         except KeyboardInterrupt:
             reason = "stopped by its user"
@@ -144,14 +146,18 @@ def _watch(
     config: RunConfig, run_dir: Path, members: list[Member], events: EventLog, display: FleetDisplay
 ) -> None:
     """Returns when all have finished or are lost."""
-    while not all(member.is_over for member in members):
+    while not all(member.state.is_over for member in members):
         for member in members:
-            if member.state == "waiting" and time.monotonic() >= member.restart_s:
+            if member.state is State.WAITING and time.monotonic() >= member.restart_s:
                 member.start(config, run_dir / CONFIG_FILE)
-                what = "restarted" if member.restarts else "started"
+                what = "restarted" if member.failures else "started"
                 events.write("replica", {"replica": member.name, "what": what})
-            elif member.state == "running" and member.process and member.process.poll() is not None:
-                what = judge(member, config.fleet.max_restarts)
+            elif (
+                member.process
+                and member.state is State.RUNNING
+                and member.process.poll() is not None
+            ):
+                what = judge(member, config.recovery)
                 told = {} if what == "finished" else {"reason": member.last_words()}
                 events.write("replica", {"replica": member.name, "what": what, **told})
         display.refresh()

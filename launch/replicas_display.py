@@ -15,6 +15,7 @@ from gossamer.comm.manifest import LogError
 from gossamer.comm.outer.record import Record, record_name, unpack_record
 from gossamer.comm.store import Store
 from gossamer.launch.display import PLAIN_EVERY_S, EventTail, RunState
+from gossamer.launch.lifecycle import State
 from gossamer.launch.quantities import (
     format_bytes,
     format_count,
@@ -37,10 +38,12 @@ class Shown(Protocol):
 
     name: str
     run_dir: Path
-    state: str
-    restarts: int
+    state: State
     started_s: float
     """Unix time."""
+
+    @property
+    def restarts(self) -> int: ...
 
 
 class RoundTail:
@@ -83,9 +86,9 @@ class ReplicaRow:
 
     @property
     def state(self) -> str:
-        if self.replica.state == "running" and self._trained_s < self.replica.started_s:
+        if self.replica.state is State.RUNNING and self._trained_s < self.replica.started_s:
             return "restarting" if self.replica.restarts else "starting"
-        died = self.replica.state == "waiting" and self.replica.restarts
+        died = self.replica.state is State.WAITING and self.replica.restarts
         return "died" if died else self.replica.state
 
     def cells(self) -> list[str]:

@@ -12,18 +12,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gossamer.launch.config import RunConfig
-from gossamer.launch.controller import CONFIG_FILE
+from gossamer.launch.config import RecoveryConfig, RunConfig
+from gossamer.launch.controller import CONFIG_FILE, GAVE_UP
+from gossamer.launch.lifecycle import Event, Failure, State, after, decide
 from gossamer.launch.summary import of_kind, read_events
 from gossamer.trainer.metrics import METRICS_FILE
 
 STOP_S = 30.0
 """A replica that is asked to stop has this long before it is killed."""
-RESTART_PAUSE_S = 2.0
 TAKEN_OVER = "was taken over"
 """In the last words of a replica that another process goes on with."""
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -41,17 +41,23 @@ class Member:
     options: list[str]
     """Of `gossamer train`."""
     process: subprocess.Popen | None = None
-    restarts: int = 0
+    failures: list[Failure] = field(default_factory=list)
     started_s: float = 0.0
     """Unix time of the last start."""
     restart_s: float = 0.0
     """When it is started again, on the monotonic clock."""
-    state: str = "waiting"
-    """waiting, running, finished, or lost: given up, or gone on with elsewhere."""
+    state: State = State.WAITING
+    """Lost: given up, or gone on with elsewhere."""
 
     @property
-    def is_over(self) -> bool:
-        return self.state in ("finished", "lost")
+    def restarts(self) -> int:
+        """How often it was started again, or is to be."""
+        return len(self.failures) - (self.state is State.LOST)
+
+    def enter(self, *events: Event) -> None:
+        """The state after these."""
+        for event in events:
+            self.state = after(self.state, event)
 
     def start(self, config: RunConfig, recipe: Path) -> None:
         """Starts it where its folder stands."""
@@ -70,7 +76,8 @@ class Member:
                 start_new_session=True,  # a terminal's Ctrl-C is passed on, once
                 preexec_fn=_stop_with_parent,
             )
-        self.state, self.started_s = "running", time.time()
+        self.started_s = time.time()
+        self.enter(Event.START, Event.READY)  # its own metrics tell how it gets on
 
     def last_words(self) -> str:
         """Why its process ended, in a sentence."""
@@ -83,22 +90,27 @@ class Member:
         return told[-1].partition("; see ")[0] if told else f"its process ended with code {code}"
 
 
-def judge(member: Member, max_restarts: int) -> str:
+def judge(member: Member, recovery: RecoveryConfig) -> str:
     """What becomes of a replica whose process ended."""
     assert member.process is not None
     if member.process.returncode == 0:
-        member.state = "finished"
+        member.enter(Event.DONE)
         return "finished"
-    if TAKEN_OVER in member.last_words():
-        member.state = "lost"
-        return "taken over"
-    if member.restarts >= max_restarts:
-        member.state = "lost"
-        return "given up"
-    member.restarts += 1
-    member.restart_s = time.monotonic() + RESTART_PAUSE_S * member.restarts
-    member.state = "waiting"
+    reason = member.last_words()
+    is_final = TAKEN_OVER in reason or GAVE_UP in reason
+    member.failures.append(Failure(reason, _saved_step(member.run_dir), is_final))
+    member.enter(Event.DIED)
+    pause_s = decide(member.failures, recovery).restart_after_s
+    if pause_s is None:
+        member.enter(Event.GIVEN_UP)
+        return "taken over" if TAKEN_OVER in reason else "given up"
+    member.restart_s = time.monotonic() + pause_s
     return "died"
+
+
+def _saved_step(run_dir: Path) -> int:
+    events = read_events(run_dir) if (run_dir / METRICS_FILE).exists() else []
+    return max((event["step"] for event in of_kind(events, "checkpoint")), default=0)
 
 
 def member_of(
@@ -112,7 +124,7 @@ def member_of(
         overrides.append(f"cluster.address={json.dumps(address)}")
     member = Member(name, index, run_dir / name, overrides, options)
     if has_finished(member.run_dir):
-        member.state = "finished"
+        member.enter(Event.START, Event.DONE)
     return member
 
 

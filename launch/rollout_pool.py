@@ -19,14 +19,14 @@ from typing import Any
 
 import ray
 from gossamer.comm.rollout import Request, Sample
-from gossamer.launch.config import RolloutConfig
+from gossamer.launch.config import RecoveryConfig, RolloutConfig
 from gossamer.launch.engine_actor import EngineActor
 from gossamer.trainer.metrics import EventLog
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Unit:
-    batch: str
+    batch: _Batch
     requests: list[Request]
     oldest_version: int
     failures: int = 0
@@ -46,14 +46,19 @@ class _Batch:
     """Requests that are neither sampled nor given up."""
     is_wanted: bool = False
     """The trainer waits for it."""
+    is_forgotten: bool = False
+    """It was asked for by an attempt that is over."""
     samples: dict[str, Sample] = field(default_factory=dict)
 
 
 class RolloutPool:
     """RolloutSource for the trainer: a thread an engine gives it units, and replaces it if dead."""
 
-    def __init__(self, run_dir: str, rollout: RolloutConfig, model: dict) -> None:
+    def __init__(
+        self, run_dir: str, rollout: RolloutConfig, recovery: RecoveryConfig, model: dict
+    ) -> None:
         self._run_dir, self._rollout, self._model = run_dir, rollout, model
+        self._recovery = recovery
         self._events = EventLog(Path(run_dir))
         self._queue: deque[_Unit] = deque()
         self._batches: dict[str, _Batch] = {}
@@ -64,12 +69,21 @@ class RolloutPool:
         for place in range(rollout.engines):
             threading.Thread(target=self._serve, args=(place,), daemon=True).start()
 
+    def begin_attempt(self) -> None:
+        """Forgets what earlier attempts asked for: what they did not save is asked anew."""
+        with self._changed:
+            for batch in self._batches.values():
+                batch.is_forgotten = True
+            self._queue.clear()
+            self._batches.clear()
+            self._changed.notify_all()
+
     def submit(self, batch: str, units: list[list[Request]], oldest_version: int) -> None:
         """See RolloutSource."""
         with self._changed:
             order = [request.request_id for requests in units for request in requests]
-            self._batches[batch] = _Batch(order=order, waited_for=len(order))
-            self._queue.extend(_Unit(batch, requests, oldest_version) for requests in units)
+            asked = self._batches[batch] = _Batch(order=order, waited_for=len(order))
+            self._queue.extend(_Unit(asked, requests, oldest_version) for requests in units)
             self._changed.notify_all()
 
     def collect(self, batch: str) -> list[Sample]:
@@ -78,8 +92,12 @@ class RolloutPool:
             wanted = self._batches[batch]
             wanted.is_wanted = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._failure or not wanted.waited_for)
+            self._changed.wait_for(
+                lambda: self._failure or wanted.is_forgotten or not wanted.waited_for
+            )
             self._raise_failure()
+            if wanted.is_forgotten:
+                raise RuntimeError(f"batch {batch} was asked for by an attempt that is over")
             del self._batches[batch]
             self._changed.notify_all()
         return [wanted.samples[name] for name in wanted.order if name in wanted.samples]
@@ -150,10 +168,10 @@ class RolloutPool:
                 self._try_again(engine, unit, "the engine died")
             self._replace(engine, error)
 
-    def _take(self, batch: str, samples: list[Sample], num_requests: int) -> None:
+    def _take(self, batch: _Batch, samples: list[Sample], num_requests: int) -> None:
         with self._changed:
-            self._batches[batch].samples |= {sample.request_id: sample for sample in samples}
-            self._batches[batch].waited_for -= num_requests
+            batch.samples |= {sample.request_id: sample for sample in samples}
+            batch.waited_for -= num_requests
             self._changed.notify_all()
 
     def _try_again(self, engine: _Engine, unit: _Unit, reason: str) -> None:
@@ -173,7 +191,8 @@ class RolloutPool:
         failures = unit.failures + bool(retries)
         again = [_Unit(unit.batch, each, unit.oldest_version, failures) for each in prompts]
         with self._changed:
-            self._queue.extendleft(reversed(again))
+            if not unit.batch.is_forgotten:
+                self._queue.extendleft(reversed(again))
             self._changed.notify_all()
 
     def _next_unit(self, engine: _Engine) -> _Unit | None:
@@ -192,7 +211,7 @@ class RolloutPool:
 
     def _first(self) -> _Unit | None:
         """The next unit: of what the trainer waits for, else the oldest, unless enough is ready."""
-        wanted = (unit for unit in self._queue if self._batches[unit.batch].is_wanted)
+        wanted = (unit for unit in self._queue if unit.batch.is_wanted)
         if (unit := next(wanted, None)) is not None:
             return unit
         most = self._rollout.max_waiting_samples

@@ -27,6 +27,7 @@ FIELDS = {
     "engine": ("engine", "what"),
     "eval": ("name", "step"),
     "checkpoint": ("step",),
+    "lifecycle": ("part", "state", "why"),
     "checkpoint_torn": ("reason",),
     "audit": ("engine", "version", "equal"),
 }

@@ -13,8 +13,9 @@ import pytest
 from gossamer.comm.store import open_store
 from gossamer.launch import replicas, replicas_process
 from gossamer.launch.cli import main
-from gossamer.launch.config import FleetConfig, RunConfig
+from gossamer.launch.config import FleetConfig, RecoveryConfig, RunConfig
 from gossamer.launch.controller import RunError, start_run
+from gossamer.launch.lifecycle import Event
 from gossamer.launch.recipe import build_config, dump_config, load_recipe
 from gossamer.launch.replicas import resume_replicas, start_replicas
 from gossamer.launch.replicas_display import FleetDisplay
@@ -61,7 +62,6 @@ def member_of(config, index, **outer):
             "train.data.num_replicas is 5; expected replicas=3 with train.outer.exchange coll",
         ),
         ({"replicas": 0}, "replicas is 0; expected at least 1"),
-        ({"fleet": {"max_restarts": -1}}, "fleet.max_restarts is -1; expected 0 or more"),
         ({"fleet": {"link_mbit": 0}}, "fleet.link_mbit is 0.0; expected a positive number"),
         (
             {"fleet": {"link_mbit": 9}, "outer": {"url": "s3://b/rounds"}},
@@ -179,29 +179,30 @@ class Scripted(Member):
 
     def start(self, config, recipe):
         (self.run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        script = self.scripts[self.index][min(self.restarts, len(self.scripts[self.index]) - 1)]
+        scripts = self.scripts[self.index]
+        script = scripts[min(len(self.failures), len(scripts) - 1)]
         with (self.run_dir / "logs" / "console.log").open("a") as console:
             self.process = subprocess.Popen([sys.executable, "-c", script], stderr=console)
-        self.state = "running"
+        self.enter(Event.START, Event.READY)
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(replicas_process, "RESTART_PAUSE_S", 0.0)
     monkeypatch.setattr(replicas, "REFRESH_S", 0.01)
 
 
 FINE, DIES = "pass", "import os; os.kill(os.getpid(), 9)"
 
 
-def watch(run_dir, scripts, max_restarts=2):
+def watch(run_dir, scripts, max_failures=2):
     Scripted.scripts = scripts
     members = [
         Scripted(f"replica-{i}", i, run_dir / f"replica-{i}", [], []) for i in range(len(scripts))
     ]
     console = Console(file=io.StringIO())
     display = FleetDisplay(run_dir, members, None, "", "", console)
-    config = config_of(fleet={"max_restarts": max_restarts})
+    recovery = RecoveryConfig(max_failures=max_failures, pause_s=0.0)
+    config = replace(config_of(), recovery=recovery)
     replicas._watch(config, run_dir, members, EventLog(run_dir), display)
     display.stop()
     told = [(e["replica"], e["what"]) for e in events(run_dir, "replica") if e["what"] != "started"]
@@ -219,7 +220,7 @@ def test_one_that_dies_is_started_again_and_the_others_do_not_notice(tmp_path, q
 
 def test_one_that_goes_on_dying_is_given_up(tmp_path, quick):
     fails = "import sys; sys.exit('gossamer: no bread today')"
-    members, told, printed = watch(tmp_path, [[fails], [FINE]], max_restarts=2)
+    members, told, printed = watch(tmp_path, [[fails], [FINE]], max_failures=2)
     assert [member.state for member in members] == ["lost", "finished"]
     assert [what for name, what in told if name == "replica-0"].count("restarted") == 2
     assert "replica-0 given up: no bread today" in printed

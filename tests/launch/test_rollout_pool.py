@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from gossamer.comm.live import CommitStats
 from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.rollout import Request, Sample
-from gossamer.launch.config import RolloutConfig
+from gossamer.launch.config import RecoveryConfig, RolloutConfig
 from gossamer.launch.rollout_pool import RolloutPool
 from tiny_run import events
 
@@ -85,7 +86,7 @@ def build_pool(cluster, tmp_path):
             max_replacements=max_replacements,
             **(options or {}),
         )
-        return RolloutPool(str(tmp_path), rollout, {**MODEL, **model})
+        return RolloutPool(str(tmp_path), rollout, RecoveryConfig(), {**MODEL, **model})
 
     return build
 
@@ -140,7 +141,7 @@ def test_a_prompt_that_fails_again_and_again_is_left_out(build_pool, tmp_path, p
 def test_what_the_trainer_waits_for_comes_first(monkeypatch, tmp_path):
     monkeypatch.setattr(RolloutPool, "_start", lambda self, what: None)
     monkeypatch.setattr(RolloutPool, "_serve", lambda self, place: None)
-    pool = RolloutPool(str(tmp_path), RolloutConfig(max_waiting_samples=1), MODEL)
+    pool = RolloutPool(str(tmp_path), RolloutConfig(max_waiting_samples=1), RecoveryConfig(), MODEL)
     pool.submit("ahead", [requests(1), requests(2)], 0)
     pool.submit("refill", [requests(3)], 0)
 
@@ -153,7 +154,7 @@ def test_what_the_trainer_waits_for_comes_first(monkeypatch, tmp_path):
     assert first() == "r3"
     pool._queue.pop()
     assert first() == "r1"
-    pool._take("ahead", [Sample(**ENDED, request_id="r1")], 1)
+    pool._take(pool._batches["ahead"], [Sample(**ENDED, request_id="r1")], 1)
     pool._queue.popleft()
     assert first() is None  # one sample waits already
     pool._batches["ahead"].is_wanted = True
@@ -186,3 +187,27 @@ def test_an_audit_of_engines_that_always_die_ends(build_pool):
     with pytest.raises(RuntimeError, match="died too"):
         build_pool(1, 1, mortal=True).audit(0)
     assert time.monotonic() - start_s < 120
+
+
+def test_what_an_earlier_attempt_asked_for_is_forgotten(monkeypatch, tmp_path):
+    monkeypatch.setattr(RolloutPool, "_start", lambda self, what: None)
+    monkeypatch.setattr(RolloutPool, "_serve", lambda self, place: None)
+    pool = RolloutPool(str(tmp_path), RolloutConfig(), RecoveryConfig(), MODEL)
+    pool.submit("0", [requests(1), requests(2)], 0)
+    in_flight, said = pool._queue.popleft(), []
+
+    def wait() -> None:
+        with pytest.raises(RuntimeError, match="batch 0 was asked for by an attempt that is over"):
+            pool.collect("0")
+        said.append(True)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    pool.begin_attempt()
+    waiting.join(10)
+    assert said
+    pool.submit("0", [requests(1)], 3)
+    pool._take(in_flight.batch, [Sample(**ENDED, request_id="r1")], 1)
+    assert pool._batches["0"].waited_for == 1 and not pool._batches["0"].samples
+    pool._try_again(None, in_flight, "the engine died")
+    assert [unit.oldest_version for unit in pool._queue] == [3]

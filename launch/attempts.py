@@ -1,0 +1,167 @@
+"""The trainer of a run on a Ray cluster, attempt after attempt, until it is done or given up.
+
+The one idea: this file sees what happens, launch/lifecycle.py says what comes of it. An attempt is
+one gang of ranks; when it fails the next one goes on from the newest whole checkpoint, under a new
+writer epoch. The cluster stays, and so do the engines: they only follow the log.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from gossamer.launch.config import RunConfig
+from gossamer.launch.controller import REFRESH_S, newest_checkpoint
+from gossamer.launch.display import EventTail
+from gossamer.launch.lifecycle import Event, Failure, State, after, decide
+from gossamer.launch.replica import Replica, failure_of
+from gossamer.launch.rollout_pool import RolloutPool
+from gossamer.trainer.metrics import EventLog
+from gossamer.trainer.prepare import load_run_tokenizer
+from gossamer.trainer.saving import RunPlace
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+PATIENCE_S = 10.0
+"""Ranks that have not begun by then are told to be waiting, where CPUs are lacking."""
+
+
+class Attempts:
+    """Looks after the trainer; `on_look` is called a few times a second."""
+
+    def __init__(
+        self, config: RunConfig, run_dir: Path, number: int, on_look: Callable[[], None]
+    ) -> None:
+        self._config, self._run_dir, self._number = config, run_dir, number
+        self._on_look = on_look
+        self._events, self._tail = EventLog(run_dir), EventTail(run_dir)
+        self._state, self._failures = State.WAITING, list[Failure]()
+        self._saved_step = 0
+        self._pool: Any = None
+        self._pool_end: Any = None
+        """Ready once the pool has given up or is dead."""
+        # not where a node that dies would take them along, unless it is the driver's own
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._options = {"num_cpus": 0, "scheduling_strategy": here}
+
+    def run(self, resume_from: str | None) -> str | None:
+        """Returns None once all phases are done, or why the trainer was given up."""
+        while True:
+            self._enter(Event.START)
+            failure = self._attempt(resume_from)
+            if failure is None:
+                self._enter(Event.DONE)
+                return None
+            self._failures.append(Failure(failure.reason, self._saved_step, failure.is_final))
+            decision = decide(self._failures, self._config.recovery)
+            self._enter(Event.DIED, decision.why)
+            if decision.restart_after_s is None:
+                self._enter(Event.GIVEN_UP)
+                return decision.why
+            over_s = time.monotonic() + decision.restart_after_s
+            while time.monotonic() < over_s:
+                time.sleep(min(REFRESH_S, decision.restart_after_s))
+                self._look()
+            self._number += 1
+            resume_from = newest_checkpoint(self._run_dir, self._config.train.checkpoint.url)
+
+    def _attempt(self, resume_from: str | None) -> Failure | None:
+        """One gang of ranks, from its start to its end."""
+        config, pool = self._config, self._pool_of_this_attempt()
+        place = RunPlace(
+            run_dir=self._run_dir,
+            name=config.name,
+            attempt=self._number,
+            resume_from=resume_from,
+        )
+        replica: Any = ray.remote(Replica).options(**self._options).remote()
+        try:
+            fit = replica.fit.remote(config.train, config.cluster, place, pool)
+            watched = [fit, *([self._pool_end] if pool is not None else [])]
+            begun_s, is_told = time.monotonic(), False
+            while not ray.wait(watched, timeout=REFRESH_S)[0]:
+                self._look()
+                late = time.monotonic() - begun_s > PATIENCE_S
+                if late and not is_told and self._state is State.STARTING:
+                    is_told = self._tell_what_is_lacking()
+            self._look()
+            return self._pool_failure() or _failure(fit)
+        finally:
+            ray.kill(replica)  # its ranks, and their places, go with it
+
+    def _pool_of_this_attempt(self) -> Any:  # noqa: ANN401, an actor's handle
+        if not self._config.has_rollouts:
+            return None
+        if self._pool is None:
+            config, model = self._config, _engine_model(self._config, self._run_dir)
+            pool = ray.remote(RolloutPool).options(**self._options, max_concurrency=8)
+            self._pool = pool.remote(str(self._run_dir), config.rollout, config.recovery, model)
+            self._pool_end = self._pool.watch.remote()
+        try:
+            ray.get(self._pool.begin_attempt.remote())
+        except ray.exceptions.RayActorError:
+            pass  # its end is watched
+        return self._pool
+
+    def _pool_failure(self) -> Failure | None:
+        """Why the pool cannot go on, if so; one whose process died is made anew next time."""
+        if self._pool is None or not ray.wait([self._pool_end], timeout=0)[0]:
+            return None
+        try:
+            ray.get(self._pool_end)
+        except ray.exceptions.RayTaskError as error:
+            return Failure(str(error.cause), is_final=True)
+        except ray.exceptions.RayError:
+            pass
+        self._pool = None
+        return Failure("the process of the rollout pool was killed or crashed")
+
+    def _look(self) -> None:
+        for event in self._tail.read():
+            if event["event"] == "checkpoint":
+                self._saved_step = max(self._saved_step, event["step"])
+            elif event["event"] == "run_start" and event["attempt"] == self._number:
+                self._enter(Event.READY)
+        self._on_look()
+
+    def _enter(self, event: Event, why: str = "") -> None:
+        self._state = after(self._state, event)
+        self._tell(self._state, why)
+
+    def _tell(self, state: State, why: str) -> None:
+        told = {"part": "trainer", "state": str(state), "attempt": self._number, "why": why}
+        self._events.write("lifecycle", told)
+
+    def _tell_what_is_lacking(self) -> bool:
+        cluster, config = self._config.cluster, self._config
+        wanted = config.train.parallel.world_size * cluster.cpus_per_rank
+        free, there = (
+            found().get("CPU", 0.0) for found in (ray.available_resources, ray.cluster_resources)
+        )
+        if free >= wanted:
+            return False
+        where = f" with labels {dict(cluster.labels)}" if cluster.labels else ""
+        has = f"of the cluster's {there:g} {free:g} are free"
+        self._tell(State.WAITING, f"the ranks wait for {wanted:g} CPUs{where}; {has}")
+        return True
+
+
+def _failure(fit: Any) -> Failure | None:  # noqa: ANN401, an object reference
+    try:
+        return ray.get(fit)
+    except ray.exceptions.RayTaskError as error:
+        return failure_of(error.cause)
+    except ray.exceptions.RayError:
+        return Failure("the process that starts the ranks was killed or crashed")
+
+
+def _engine_model(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """The Hugging Face config, as a dict, that rollout engines build."""
+    from gossamer.trainer.model import hf_config
+
+    tokenizer = load_run_tokenizer(run_dir)
+    hf = hf_config(config.train.model, tokenizer.hf_fields())
+    # a foreign config may name several tokens that end, or none that pads
+    return hf.to_dict() | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id or 0}
