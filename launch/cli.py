@@ -18,7 +18,7 @@ from gossamer.launch.sparsity_cli import add_sparsity_commands
 from gossamer.launch.submit import add_submit_commands
 from gossamer.launch.top import add_top_command
 
-PLACES = ("cluster.", "rollout.engines=", "rollout.num_cpus=", "train.outer.url=")
+PLACES = ("cluster.", "recovery.", "rollout.engines=", "rollout.num_cpus=", "train.outer.url=")
 """What begins an override of `resume`."""
 
 

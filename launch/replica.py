@@ -114,13 +114,14 @@ def failure_of(error: BaseException) -> Failure:
     """What an attempt died of: of many ranks' errors the one that made the others fail."""
     alone = {None: getattr(error, "controller_failure", error)}
     by_rank = getattr(error, "worker_failures", None) or alone
-    # Ray Train wraps what a rank raised
-    causes = {rank: getattr(each, "_base_exc", each) for rank, each in by_rank.items()}
+    # Ray Train wraps what a rank raised, and what became of its process
+    inner = {rank: getattr(each, "_base_exc", each) for rank, each in by_rank.items()}
+    causes = {rank: getattr(each, "health_check_failure", each) for rank, each in inner.items()}
     for rank, cause in causes.items():
         if isinstance(cause, WOULD_FAIL_AGAIN):
             return Failure(_told(rank, cause), is_final=True)
     for rank, cause in causes.items():
-        if "worker process has died" in str(cause) or isinstance(cause, ray.exceptions.RayError):
+        if isinstance(cause, ray.exceptions.RayError):
             return Failure(f"the process of trainer rank {rank} was killed or crashed")
     # a rank that lost another one says so in RuntimeErrors of torch
     ours = [pair for pair in causes.items() if type(pair[1]) is not RuntimeError]
