@@ -21,6 +21,7 @@ from gossamer.comm.store import Store, open_store
 from gossamer.launch.config import RunConfig
 from gossamer.launch.recipe import load_recipe
 from gossamer.trainer.prepare import PROBLEMS_FILE, prepare_run
+from gossamer.trainer.run_folder import inside
 from gossamer.trainer.tokenizer import SETTINGS_FILES, TEMPLATE_FILE, TOKENIZER_FILE
 
 ROUNDS_FOLDER = "rounds"
@@ -31,7 +32,7 @@ PREPARED = (*SETTINGS_FILES, TEMPLATE_FILE, PROBLEMS_FILE, TOKENIZER_FILE)
 
 def rounds_url(outer: OuterConfig, run_dir: Path) -> str:
     """Where the replicas of a run meet."""
-    return outer.url or str(run_dir / ROUNDS_FOLDER)
+    return outer.url or inside(run_dir, ROUNDS_FOLDER)
 
 
 def open_rounds(config: RunConfig, run_dir: Path) -> Store | None:

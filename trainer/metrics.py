@@ -1,7 +1,8 @@
 """Numbers of a run: one JSON line an event in RUN_DIR/metrics.jsonl, and wandb beside it.
 
 The one idea: the file is the truth, appended with one write a line so that several processes may
-share it; displays, reports and summaries read nothing else.
+share it; displays, reports and summaries read nothing else. For a run at a URL the segments of
+trainer/event_store.py are that file.
 """
 
 from __future__ import annotations
@@ -13,19 +14,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gossamer.comm.store import open_store
 from gossamer.trainer.config import MetricsConfig
+from gossamer.trainer.event_store import FOLDER, StoreLines
+from gossamer.trainer.run_folder import url_of
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class EventLog:
-    """Appends events to a run's metrics file; safe for several processes on one host."""
+    """Adds events to a run's metrics; safe for several processes of one host, at a URL of many."""
 
     def __init__(self, run_dir: Path) -> None:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        self._store = StoreLines(url) if (url := url_of(run_dir)) is not None else None
         self._path = run_dir / METRICS_FILE
-        self._descriptor = os.open(self._path, flags, 0o644)
+        if self._store is None:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            self._descriptor = os.open(self._path, flags, 0o644)
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
         """One line: event, time_s (unix) and the fields, which must be JSON.
@@ -34,6 +40,8 @@ class EventLog:
         """
         record = {"event": event, "time_s": round(time.time(), 4), **fields}
         line = (json.dumps(record) + "\n").encode()
+        if self._store is not None:
+            return self._store.add(line)
         try:
             written = os.write(self._descriptor, line)
         except OSError as error:
@@ -41,9 +49,23 @@ class EventLog:
         if written < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
+    def flush(self) -> None:
+        """Returns once all that was written can be read. Raises StoreError."""
+        if self._store is not None:
+            self._store.flush()
+
+
+def has_events(run_dir: Path) -> bool:
+    """Whether any process of the run wrote there."""
+    if (url := url_of(run_dir)) is not None:
+        return bool(open_store(url).list(FOLDER))
+    return (run_dir / METRICS_FILE).is_file()
+
 
 def drop_torn_lines(run_dir: Path) -> None:
     """Takes out lines that a full disk or a power cut tore. Call before anything appends."""
+    if url_of(run_dir) is not None:
+        return  # a store tears none
     path = run_dir / METRICS_FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if _is_whole(line)]

@@ -26,6 +26,7 @@ from gossamer.comm.store import Store, open_store
 from gossamer.parallel.dims import ParallelDims
 from gossamer.trainer.data.config import DataConfig
 from gossamer.trainer.outer_course import Course
+from gossamer.trainer.run_folder import inside
 from gossamer.trainer.saving import RunPlace
 
 ROUNDS_FOLDER = "rounds"
@@ -108,7 +109,7 @@ def open_link(
         group = _group(config, place, data, dims.rank)
         collective = CollectiveExchange(group, identity, shapes, number)
         return Link(TimedExchange(collective), collective)
-    url = config.url or str(place.run_dir / ROUNDS_FOLDER)
+    url = config.url or inside(place.run_dir, ROUNDS_FOLDER)
     store = MeteredStore(open_store(url, create=True))
     incarnation = torch.zeros(1, dtype=torch.int64)
     if dims.rank == 0:
@@ -129,7 +130,7 @@ def open_link(
 
 def _group(config: OuterConfig, place: RunPlace, data: DataConfig, rank: int) -> dist.ProcessGroup:
     """The same rank of every replica, by gloo; replicas are numbered by data.replica_index."""
-    url = config.url or str(place.run_dir / ROUNDS_FOLDER)
+    url = config.url or inside(place.run_dir, ROUNDS_FOLDER)
     index, size = data.replica_index, data.num_replicas
     timeout = timedelta(seconds=config.deadline_s)
     store: dist.Store

@@ -17,6 +17,7 @@ from gossamer.comm.signing import Signer
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.corpus import first_chars, read_documents
 from gossamer.trainer.data.reader import build_reader, source_texts
+from gossamer.trainer.run_folder import LOG_FOLDER, inside
 from gossamer.trainer.task import (
     Problem,
     TaskProblems,
@@ -32,7 +33,7 @@ from gossamer.trainer.tokenizer import (
     train_tokenizer,
 )
 
-PROBLEMS_FILE, LOG_FOLDER = "problems.json", "log"
+PROBLEMS_FILE = "problems.json"
 SPLITS = ("train", "dev", "heldout")
 
 
@@ -49,7 +50,7 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
     if key is not None:
         Signer.from_file(key)
     run_dir.mkdir(parents=True, exist_ok=True)
-    WeightLog.open(run_dir / LOG_FOLDER, run_id=name, create=True)
+    WeightLog.open(inside(run_dir, LOG_FOLDER), run_id=name, create=True)
     texts: list[str] = []
     if config.task is not None:
         if not (run_dir / PROBLEMS_FILE).is_file():

@@ -20,9 +20,9 @@ from gossamer.parallel.dims import ParallelDims
 from gossamer.parallel.engine import Engine
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.model import MoEModel
-from gossamer.trainer.prepare import LOG_FOLDER
 from gossamer.trainer.proof import trainer_state_hash
 from gossamer.trainer.rl.rollouts import RolloutBatches
+from gossamer.trainer.run_folder import LOG_FOLDER, inside
 from gossamer.trainer.saving import RunPlace, owned_buffers
 
 
@@ -43,7 +43,7 @@ class Publishing:
         self._is_first_rank = dims.rank == 0
         self._dtype = getattr(torch, config.log.publish_dtype)
         self._published: Published | None = None
-        self.log = WeightLog.open(place.run_dir / LOG_FOLDER, run_id=place.name)
+        self.log = WeightLog.open(inside(place.run_dir, LOG_FOLDER), run_id=place.name)
         takeover = place.attempt > 1 or place.resume_from is not None
         self.epoch = self._claim_epoch(takeover)
         key = config.log.signing_key_path

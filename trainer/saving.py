@@ -35,6 +35,7 @@ from gossamer.trainer.checkpoint_writer import (
 )
 from gossamer.trainer.config import CheckpointConfig
 from gossamer.trainer.moe.diversify import diversified
+from gossamer.trainer.run_folder import inside, open_run
 
 if TYPE_CHECKING:
     from gossamer.trainer.model import MoEModel
@@ -48,10 +49,17 @@ class RunPlace:
     """Where a run lives and which attempt at it this is."""
 
     run_dir: Path
+    """Of this host."""
     name: str
     attempt: int = 1
     resume_from: str | None = None
     """URL of the checkpoint to go on from, or where it is torn from the one before."""
+    url: str | None = None
+    """Of a run that is at one; every host has a `run_dir` of its own then."""
+
+    def here(self) -> RunPlace:
+        """The same, as the host that calls sees it."""
+        return self if self.url is None else replace(self, run_dir=open_run(self.url))
 
 
 @dataclass(slots=True)
@@ -92,7 +100,7 @@ class Progress:
 
 def checkpoint_root(url: str | None, run_dir: Path) -> str:
     """Where a run's checkpoints are, if its config says `checkpoint.url`."""
-    return url or str(run_dir / "checkpoints")
+    return url or inside(run_dir, "checkpoints")
 
 
 def open_whole(newest: str | Path) -> tuple[Checkpoint, dict[str, str]]:

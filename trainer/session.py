@@ -310,6 +310,7 @@ class Session:
         self._profiler.close()
         self._event("run_end", reason="finished", step=self.progress.step)
         if self._is_first_rank:
+            self._events.flush()
             self._wandb.close()
 
     # --- parts ----------------------------------------------------------------------------------
