@@ -77,8 +77,9 @@ class Replica:
         pool: Any,  # noqa: ANN401, an actor's handle
     ) -> Failure | None:
         """Returns None once all phases are done, or what made a rank fail."""
+        from gossamer.launch.gloo import GlooConfig
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         write_pid(place.run_dir, "replica")
@@ -91,7 +92,7 @@ class Replica:
         trainer = TorchTrainer(
             run_rank,
             train_loop_config=settings,
-            torch_config=TorchConfig(backend="gloo"),
+            torch_config=GlooConfig(),
             scaling_config=ScalingConfig(
                 num_workers=config.parallel.world_size,
                 resources_per_worker={"CPU": cluster.cpus_per_rank},
