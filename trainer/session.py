@@ -249,6 +249,7 @@ class Session:
             fields |= asdict(self._rollout_statistics)
         self._event(
             "train_step",
+            attempt=self.place.attempt,
             phase=phase.name,
             step=self.progress.step,
             phase_step=self.progress.phase_step,

@@ -107,6 +107,7 @@ def test_a_lost_prompt_takes_its_group_with_it():
     source.lost = set(source.asked["0"][:3])
     _, told = made.collect(0)
     assert told.groups == told.groups_learned == 1 and told.groups_lost == 3
+    assert list(told.samples_learned.values()) == [[0, 1]]
 
 
 def test_nothing_left_is_said():

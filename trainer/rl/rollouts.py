@@ -64,6 +64,8 @@ class RolloutStatistics:
     """Prompts left out because no engine could answer them, or no reward was to be had."""
     refills: int
     """Rounds in which other prompts were asked (rl.refill_rounds)."""
+    samples_learned: dict[int, list[int]]
+    """The books: numbers of the samples that are learned from, by problem id."""
 
 
 class RolloutBatches:
@@ -173,6 +175,9 @@ class RolloutBatches:
             self._version,
             self._rows_multiple,
         )
+        learned: dict[int, list[int]] = {}
+        for i in kept:
+            learned.setdefault(chosen[i // size].problem.problem_id, []).append(i % size)
         samples = [sample for group in groups for sample in group.samples]
         spans = [span for sample in samples for span in sample.spans]
         tokens = sum(len(sample.token_ids) for sample in samples)
@@ -185,9 +190,10 @@ class RolloutBatches:
             staleness_max=max((self._version - span.version for span in spans), default=0),
             completion_tokens=tokens,
             groups=len(groups),
-            groups_learned=len({i // size for i in kept}),
+            groups_learned=len(learned),
             groups_lost=lost,
             refills=refills,
+            samples_learned=learned,
         )
 
     def heldout_exact_match(self) -> tuple[float, int]:
