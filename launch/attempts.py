@@ -21,11 +21,14 @@ from gossamer.launch.replica import Replica, failure_of
 from gossamer.launch.rollout_pool import RolloutPool
 from gossamer.trainer.metrics import EventLog
 from gossamer.trainer.prepare import load_run_tokenizer
+from gossamer.trainer.run_folder import url_of, where_of
 from gossamer.trainer.saving import RunPlace
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 PATIENCE_S = 10.0
-"""Ranks that have not begun by then are told to be waiting, where CPUs are lacking."""
+"""Ranks that have not begun by then are told to be waiting, where they have no place."""
+NO_PLACE = ("NO_RESOURCES", "INFEASIBLE")
+"""What Ray says of a placement group that waits."""
 
 
 class Attempts:
@@ -75,6 +78,7 @@ class Attempts:
             name=config.name,
             attempt=self._number,
             resume_from=resume_from,
+            url=url_of(self._run_dir),
         )
         replica: Any = ray.remote(Replica).options(**self._options).remote()
         try:
@@ -86,7 +90,7 @@ class Attempts:
                 late = time.monotonic() - begun_s > PATIENCE_S
                 if late and not is_told and self._state is State.STARTING:
                     is_told = self._tell_what_is_lacking()
-            self._look()
+            self._look(to_end=True)
             return self._pool_failure() or _failure(fit)
         finally:
             ray.kill(replica)  # its ranks, and their places, go with it
@@ -97,7 +101,8 @@ class Attempts:
         if self._pool is None:
             config, model = self._config, _engine_model(self._config, self._run_dir)
             pool = ray.remote(RolloutPool).options(**self._options, max_concurrency=8)
-            self._pool = pool.remote(str(self._run_dir), config.rollout, config.recovery, model)
+            where = where_of(self._run_dir)
+            self._pool = pool.remote(where, config.rollout, config.recovery, model)
             self._pool_end = self._pool.watch.remote()
         try:
             ray.get(self._pool.begin_attempt.remote())
@@ -118,8 +123,8 @@ class Attempts:
         self._pool = None
         return Failure("the process of the rollout pool was killed or crashed")
 
-    def _look(self) -> None:
-        for event in self._tail.read():
+    def _look(self, to_end: bool = False) -> None:
+        for event in self._tail.read(to_end):
             if event["event"] == "checkpoint":
                 self._saved_step = max(self._saved_step, event["step"])
             elif event["event"] == "run_start" and event["attempt"] == self._number:
@@ -135,16 +140,18 @@ class Attempts:
         self._events.write("lifecycle", told)
 
     def _tell_what_is_lacking(self) -> bool:
-        cluster, config = self._config.cluster, self._config
-        wanted = config.train.parallel.world_size * cluster.cpus_per_rank
+        """Whether the ranks have no place yet; says then what they wait for."""
+        cluster, world_size = self._config.cluster, self._config.train.parallel.world_size
+        groups = ray.util.placement_group_table().values()
+        waiting = [group for group in groups if group["stats"]["scheduling_state"] in NO_PLACE]
+        if not any(len(group["bundles"]) == world_size for group in waiting):
+            return False
+        where = f" with labels {dict(cluster.labels)}" if cluster.labels else ""
         free, there = (
             found().get("CPU", 0.0) for found in (ray.available_resources, ray.cluster_resources)
         )
-        if free >= wanted:
-            return False
-        where = f" with labels {dict(cluster.labels)}" if cluster.labels else ""
-        has = f"of the cluster's {there:g} {free:g} are free"
-        self._tell(State.WAITING, f"the ranks wait for {wanted:g} CPUs{where}; {has}")
+        wanted, has = world_size * cluster.cpus_per_rank, f"{free:g} of the cluster's {there:g}"
+        self._tell(State.WAITING, f"the ranks wait for {wanted:g} CPUs{where}; {has} are free")
         return True
 
 
