@@ -14,9 +14,11 @@ from pathlib import Path
 from gossamer.launch.log_cli import add_log_commands
 from gossamer.launch.place import add_place_command
 from gossamer.launch.prometheus import add_metrics_command
+from gossamer.launch.run_argument import open_here
 from gossamer.launch.sparsity_cli import add_sparsity_commands
 from gossamer.launch.submit import add_submit_commands
 from gossamer.launch.top import add_top_command
+from gossamer.trainer.run_folder import inside, is_url
 
 PLACES = ("cluster.", "recovery.", "rollout.engines=", "rollout.num_cpus=", "train.outer.url=")
 """What begins an override of `resume`."""
@@ -58,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, what in (("train", "train on text"), ("rl", "train on text and by RL")):
         command = commands.add_parser(name, help=f"{what}, as a recipe says")
         _add_recipe(command)
-        command.add_argument("--run-dir", type=Path, help="default: runs/NAME of the recipe")
+        command.add_argument(
+            "--run-dir", metavar="RUN", help="a folder or s3://, ...; default: runs/NAME"
+        )
         command.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
         command.set_defaults(run=_start, command=name)
     command = commands.add_parser("join", help="add one more replica to a run, from any cluster")
@@ -66,11 +70,11 @@ def _parser() -> argparse.ArgumentParser:
         "log", metavar="LOG", help="where the replicas meet: RUN_DIR/rounds, s3://"
     )
     command.add_argument("overrides", nargs="*", metavar="a.b=c", help="what differs from theirs")
-    command.add_argument("--run-dir", type=Path, help="default: runs/NAME-REPLICA")
+    command.add_argument("--run-dir", metavar="RUN", help="default: runs/NAME-REPLICA")
     command.add_argument("--name", help="of a replica to take the place of; default: a new one")
     command.set_defaults(run=_join)
     command = commands.add_parser("resume", help="go on with a run that was stopped or killed")
-    command.add_argument("run_dir", type=Path)
+    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
     command.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help=f"where it runs: {', '.join(PLACES)}"
     )
@@ -82,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_validate)
     command = commands.add_parser("report", help="write summary.json and report.html of a run")
-    command.add_argument("run_dir", type=Path)
+    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
     command.set_defaults(run=_report)
     command = commands.add_parser("export", help="write a checkpoint as a HF folder")
-    command.add_argument("run_dir", type=Path)
+    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
     command.add_argument("out", type=Path)
     command.add_argument("--step", type=int, metavar="N", help="default: the newest whole one")
     command.set_defaults(run=_export)
@@ -164,14 +168,19 @@ def _start(arguments: argparse.Namespace) -> None:
         raise RecipeError(f"{arguments.recipe} has a grpo phase; run it with `gossamer rl`")
     if arguments.command == "rl" and not config.has_rollouts:
         raise RecipeError(f"{arguments.recipe} has no grpo phase; run it with `gossamer train`")
-    run_dir = (arguments.run_dir or Path("runs") / config.name).resolve()
+    where = arguments.run_dir or f"runs/{config.name}"
     if config.replicas > 1:
         from gossamer.launch.replicas import start_replicas
 
-        return start_replicas(config, run_dir, arguments.overwrite)
+        if is_url(where):
+            raise RecipeError(
+                f"replicas is {config.replicas} and --run-dir a URL: what one command starts shares"
+                " a folder; expected a path, and train.outer.url and train.checkpoint.url there"
+            )
+        return start_replicas(config, open_here(where), arguments.overwrite)
     from gossamer.launch.controller import start_run
 
-    start_run(config, run_dir, arguments.overwrite)
+    start_run(config, open_here(where, create=True), arguments.overwrite)
 
 
 def _join(arguments: argparse.Namespace) -> None:
@@ -179,8 +188,8 @@ def _join(arguments: argparse.Namespace) -> None:
     from gossamer.launch.replicas_members import joining
 
     config, name, returns = joining(arguments.log, arguments.overrides, arguments.name)
-    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-{name}"
-    start_run(config, run_dir.resolve(), overwrite=False, takes_over=returns)
+    run_dir = open_here(arguments.run_dir or f"runs/{config.name}-{name}", create=True)
+    start_run(config, run_dir, overwrite=False, takes_over=returns)
 
 
 def _resume(arguments: argparse.Namespace) -> None:
@@ -190,7 +199,8 @@ def _resume(arguments: argparse.Namespace) -> None:
                 f"override {override!r}: a run that goes on may be told where it runs, and no more;"
                 f" expected {', '.join(PLACES)}"
             )
-    config, run_dir = _load_run(arguments.run_dir, arguments.overrides), arguments.run_dir.resolve()
+    run_dir = open_here(arguments.run_dir)
+    config = _load_run(run_dir, arguments.overrides)
     if config.replicas > 1:
         from gossamer.launch.replicas import resume_replicas
 
@@ -236,17 +246,20 @@ def _report(arguments: argparse.Namespace) -> None:
     from gossamer.launch.report import write_report
     from gossamer.launch.summary import write_summary
 
-    if is_fleet(arguments.run_dir):
-        print(write_fleet_report(arguments.run_dir))
+    run_dir = open_here(arguments.run_dir)
+    if is_fleet(run_dir):
+        print(write_fleet_report(run_dir))
         return
-    write_summary(arguments.run_dir)
-    print(write_report(arguments.run_dir))
+    write_summary(run_dir)
+    print(write_report(run_dir))
+    if is_url(arguments.run_dir):
+        print(inside(run_dir, "report.html"))
 
 
 def _export(arguments: argparse.Namespace) -> None:
     from gossamer.launch.export import export_run
 
-    run_dir = arguments.run_dir.resolve()
+    run_dir = open_here(arguments.run_dir)
     config = _load_run(run_dir)
     if config.replicas > 1:
         raise ValueError(
@@ -330,7 +343,9 @@ def _load_run(run_dir: Path, overrides: list[str] | None = None):  # noqa: ANN20
 
     path = run_dir / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; expected the folder of a gossamer run")
+        raise FileNotFoundError(
+            f"{inside(run_dir, path.name)} is missing; expected the folder of a gossamer run"
+        )
     return load_recipe(str(path), overrides or [])
 
 

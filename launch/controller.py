@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,9 +23,18 @@ from gossamer.launch.recipe import dump_config, with_absolute_paths
 from gossamer.launch.replicas_members import prepare_member
 from gossamer.launch.report import write_report
 from gossamer.launch.summary import of_kind, read_events, write_summary
-from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
+from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines, has_events
+from gossamer.trainer.run_folder import (
+    CONFIG_FILE,
+    URL_FILE,
+    claim,
+    delete_run,
+    has_begun,
+    inside,
+    url_of,
+    where_of,
+)
 
-CONFIG_FILE = "config.json"
 REFRESH_S = 0.5
 GAVE_UP = "gave up"
 """In the last words of a driver that would fail again."""
@@ -46,6 +55,8 @@ def start_run(config: RunConfig, run_dir: Path, overwrite: bool, takes_over: boo
         make_room(run_dir, overwrite)
         _clear_checkpoints(config, run_dir, overwrite)
         dump_config(config, run_dir / CONFIG_FILE)
+        if not claim(run_dir):
+            raise RunError(f"another driver has begun a run at {where_of(run_dir)} just now")
         _attempt(config, run_dir, number=1 + takes_over, resume_from=None)
 
 
@@ -53,9 +64,10 @@ def resume_run(config: RunConfig, run_dir: Path) -> None:
     """Goes on from the newest whole checkpoint, or from the start when there is none."""
     with sole_driver(run_dir):
         drop_torn_lines(run_dir)
-        events = read_events(run_dir) if (run_dir / METRICS_FILE).exists() else []
+        events = read_events(run_dir) if has_events(run_dir) else []
         if of_kind(events, "run_end", reason="finished"):
-            raise RunError(f"{run_dir} has finished; see `gossamer report {run_dir}`")
+            where = where_of(run_dir)
+            raise RunError(f"{where} has finished; see `gossamer report {where}`")
         # 1 even where the first attempt died before it could say so: it may have claimed the log
         last = max((e["attempt"] for e in of_kind(events, "run_start")), default=1)
         resume_from = newest_checkpoint(run_dir, config.train.checkpoint.url)
@@ -90,28 +102,32 @@ def _clear_checkpoints(config: RunConfig, run_dir: Path, overwrite: bool) -> Non
 
 def make_room(run_dir: Path, overwrite: bool) -> None:
     """The folder holds no run, or none any more. Raises RunError."""
-    if not (run_dir / CONFIG_FILE).exists():
-        return
-    if not overwrite:
-        raise RunError(
-            f"{run_dir} already holds a run: continue it with `gossamer resume {run_dir}`,"
-            " or start anew with --overwrite"
-        )
-    empty_run(run_dir)
+    if has_begun(run_dir):
+        if not overwrite:
+            where = where_of(run_dir)
+            raise RunError(
+                f"{where} already holds a run: continue it with `gossamer resume {where}`,"
+                " or start anew with --overwrite"
+            )
+        empty_run(run_dir)
+    elif url_of(run_dir) is not None:
+        _empty_folder(run_dir)  # of this host: it may be of a run that was deleted there
 
 
 @contextmanager
 def sole_driver(run_dir: Path) -> Iterator[None]:
     """Holds the run's folder against other drivers on this machine, until this process ends.
 
-    Writer epochs fence writers wherever they are, but only when they come to write.
+    Writer epochs fence writers wherever they are, but only when they come to write; so it is with
+    drivers on other hosts, of a run at a URL.
     """
     descriptor = os.open(run_dir, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{run_dir} is being run by another gossamer process") from None
+            where = where_of(run_dir)
+            raise RunError(f"{where} is being run by another gossamer process") from None
         except OSError:
             pass  # some network file systems lock no folders; epochs fence there too
         yield
@@ -121,15 +137,21 @@ def sole_driver(run_dir: Path) -> Iterator[None]:
 
 def empty_run(run_dir: Path) -> None:
     """Deletes a run, and nothing that is none."""
-    if not (run_dir / METRICS_FILE).exists():
+    if url_of(run_dir) is not None:
+        delete_run(run_dir)
+    elif not (run_dir / METRICS_FILE).exists():
         raise RunError(
             f"{run_dir} holds a {CONFIG_FILE} but no {METRICS_FILE}, so it is no run of gossamer's"
             " to overwrite; give another --run-dir"
         )
+    _empty_folder(run_dir)
+
+
+def _empty_folder(run_dir: Path) -> None:
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif path.name != URL_FILE:
             path.unlink()
 
 
@@ -142,16 +164,22 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: str | N
             prepare_member(config, run_dir)
             _run_on_ray(config, run_dir, number, resume_from, display)
         except KeyboardInterrupt:
-            events.write("run_end", {"reason": "stopped by its user"})
-            raise KeyboardInterrupt(f"`gossamer resume {run_dir}` goes on") from None
+            _write_end(events, "stopped by its user")
+            raise KeyboardInterrupt(f"`gossamer resume {where_of(run_dir)}` goes on") from None
         except BaseException as error:
-            events.write("run_end", {"reason": str(error) or type(error).__name__})
+            _write_end(events, str(error) or type(error).__name__)
             raise
         finally:
             display.stop()
         summary = json.loads(write_summary(run_dir).read_text())
-        report = write_report(run_dir)
-        _print_outcome(console, summary, report)
+        write_report(run_dir)
+        _print_outcome(console, summary, inside(run_dir, "report.html"))
+
+
+def _write_end(events: EventLog, reason: str) -> None:
+    events.write("run_end", {"reason": reason})
+    with suppress(OSError):  # or a store that is away would hide the reason
+        events.flush()
 
 
 def _run_on_ray(
@@ -168,7 +196,7 @@ def _run_on_ray(
         if (why := attempts.run(resume_from)) is not None:
             raise RunError(
                 f"{GAVE_UP} the trainer ({why}); see {run_dir / 'logs'} and go on with"
-                f" `gossamer resume {run_dir}`"
+                f" `gossamer resume {where_of(run_dir)}`"
             )
         display.refresh()
 
@@ -199,7 +227,7 @@ def rich_console(file: IO[str]) -> Any:  # noqa: ANN401
     return Console(file=file)
 
 
-def _print_outcome(console: IO[str], summary: dict[str, Any], report: Path) -> None:
+def _print_outcome(console: IO[str], summary: dict[str, Any], report: str) -> None:
     known = {key: value for key, value in summary.items() if value is not None}
     lines = [f"{key:>20}  {_short(value)}" for key, value in known.items()]
     proof = summary.get("engines_bit_exact")

@@ -19,6 +19,8 @@ from gossamer.launch.quantities import (
     format_percent,
 )
 from gossamer.launch.summary import Event, parse_event
+from gossamer.trainer.event_store import LiveTail
+from gossamer.trainer.run_folder import url_of
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -34,22 +36,31 @@ class EventTail:
     def __init__(self, run_dir: Path) -> None:
         self.path = Path(run_dir) / "metrics.jsonl"
         self._offset = 0
+        self._store = LiveTail(url) if (url := url_of(Path(run_dir))) is not None else None
 
-    def read(self) -> list[Event]:
-        """New events; a line that is no event is passed over, for a display must not end a run."""
+    def read(self, to_end: bool = False) -> list[Event]:
+        """New events; a line that is no event is passed over, for a display must not end a run.
+
+        `to_end`: also those of the last second, where they lie in a store.
+        """
+        events = []
+        for line in self._lines(to_end):
+            try:
+                events.append(parse_event(line, str(self.path)))
+            except ValueError:
+                continue
+        return events
+
+    def _lines(self, to_end: bool) -> list[bytes]:
+        if self._store is not None:
+            return self._store.read_to_end() if to_end else self._store.read()
         if not self.path.exists():
             return []
         with self.path.open("rb") as file:
             file.seek(self._offset)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._offset += len(whole) + len(newline)
-        events = []
-        for line in whole.split(b"\n"):
-            try:
-                events.append(parse_event(line, str(self.path)))
-            except ValueError:
-                continue
-        return events
+        return whole.split(b"\n")
 
 
 class RunState:
@@ -252,9 +263,9 @@ class LiveDisplay:
             self._live.start()
         self.refresh()
 
-    def refresh(self) -> None:
+    def refresh(self, to_end: bool = False) -> None:
         """Reads new lines and shows them. Cheap: call it a few times a second."""
-        for event in self._tail.read():
+        for event in self._tail.read(to_end):
             self._has_news = True
             if self._state.take(event) and not self._console.is_terminal:
                 self._print()
@@ -265,7 +276,7 @@ class LiveDisplay:
 
     def stop(self) -> None:
         """A last look at the file; the panel stays on the screen as it was."""
-        self.refresh()
+        self.refresh(to_end=True)
         if self._console.is_terminal:
             self._live.stop()
         elif self._has_news:

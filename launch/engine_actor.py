@@ -19,7 +19,7 @@ from typing import Any
 from gossamer.comm.rollout import Request, Sample, VersionSpan
 from gossamer.launch.config import RolloutConfig
 from gossamer.trainer.metrics import EventLog
-from gossamer.trainer.prepare import LOG_FOLDER
+from gossamer.trainer.run_folder import LOG_FOLDER, inside, open_run
 
 
 def write_pid(run_dir: Path, role: str) -> None:
@@ -39,9 +39,10 @@ class EngineActor:
         from gossamer.trainer.import_path import resolve
 
         torch.set_num_threads(1)
-        write_pid(Path(run_dir), name)
-        self._events, self._name, self._rollout = EventLog(Path(run_dir)), name, rollout
-        self._log = WeightLog.open(Path(run_dir) / LOG_FOLDER)
+        here = open_run(run_dir)
+        write_pid(here, name)
+        self._events, self._name, self._rollout = EventLog(here), name, rollout
+        self._log = WeightLog.open(inside(here, LOG_FOLDER))
         self._version: int | None = None
         build = resolve(rollout.engine, ROLLOUT_ENGINES, "rollout.engine")
         ids = {"pad_id": model["pad_token_id"], "eos_id": model["eos_token_id"]}
@@ -102,6 +103,7 @@ class EngineActor:
                 time.sleep(0.01)
         if self._version > version:
             raise ValueError(f"the engine is at version {self._version}, past version {version}")
+        self._events.flush()  # the run may end with this
         return self._engine.audit()
 
     def _follow_for_ever(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gossamer.launch.display import EventTail
 from gossamer.launch.endpoint import token_for
+from gossamer.launch.run_argument import open_here
 from gossamer.launch.summary import Event
 
 TOKEN_VARIABLE = "GOSSAMER_METRICS_TOKEN"
@@ -182,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def add_metrics_command(command: argparse.ArgumentParser) -> None:
     """Options of `gossamer metrics`; nothing heavy is imported."""
-    command.add_argument("run_dir", type=Path)
+    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
     command.add_argument(
         "--host", default="127.0.0.1", help=f"others than this machine need ${TOKEN_VARIABLE}"
     )
@@ -192,9 +193,10 @@ def add_metrics_command(command: argparse.ArgumentParser) -> None:
 
 def run_metrics(arguments: argparse.Namespace) -> None:
     """Serves until Ctrl-C."""
-    if not arguments.run_dir.is_dir():
+    run_dir = open_here(arguments.run_dir)
+    if not run_dir.is_dir():
         raise ValueError(f"{arguments.run_dir} is no folder; expected the folder of a run")
-    server = MetricsServer(arguments.run_dir.resolve(), arguments.host, arguments.port)
+    server = MetricsServer(run_dir, arguments.host, arguments.port)
     print(f"metrics of {arguments.run_dir} at {server.url}", flush=True)
     try:
         threading.Event().wait()

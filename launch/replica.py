@@ -53,13 +53,14 @@ def run_rank(settings: dict[str, Any]) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(max(1, int(settings["cpus_per_rank"])))
     context = ray.train.get_context()
-    write_pid(settings["place"].run_dir, f"rank-{context.get_world_rank()}")
+    place = settings["place"].here()
+    write_pid(place.run_dir, f"rank-{context.get_world_rank()}")
     # DeepSpeed asks for them
     os.environ.setdefault("LOCAL_RANK", str(context.get_local_rank()))
     pool = settings["pool"]
     session = Session(
         settings["config"],
-        settings["place"],
+        place,
         _PoolClient(pool) if pool is not None else None,
         on_checkpoint=lambda step: ray.train.report({"step": step}),
     )

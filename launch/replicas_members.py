@@ -21,7 +21,7 @@ from gossamer.comm.store import Store, open_store
 from gossamer.launch.config import RunConfig
 from gossamer.launch.recipe import load_recipe
 from gossamer.trainer.prepare import PROBLEMS_FILE, prepare_run
-from gossamer.trainer.run_folder import inside
+from gossamer.trainer.run_folder import inside, share_files
 from gossamer.trainer.tokenizer import SETTINGS_FILES, TEMPLATE_FILE, TOKENIZER_FILE
 
 ROUNDS_FOLDER = "rounds"
@@ -54,6 +54,7 @@ def prepare_member(config: RunConfig, run_dir: Path) -> None:
         if store.size(RECIPE_FILE) is not None:
             _take_prepared(store, run_dir)
     prepare_run(config.train, run_dir, config.name)
+    share_files(run_dir, *PREPARED)
     if store is not None:
         leave_recipe(store, config, run_dir)
 

@@ -33,6 +33,7 @@ from gossamer.launch.quantities import (
 from gossamer.launch.replicas_charts import round_chart
 from gossamer.launch.summary import Event, of_kind, read_events, settle, summarise, write_whole
 from gossamer.launch.timeline import pause_chart, throughput_chart, timeline_chart
+from gossamer.trainer.run_folder import put_beside
 from plotly.io import to_html
 from plotly.offline import get_plotlyjs
 
@@ -226,4 +227,6 @@ def write_report(run_dir: Path) -> Path:
     config = run_dir / "config.json"
     text = config.read_text() if config.is_file() else ""
     html = page(read_events(run_dir), summarise(run_dir), text)
-    return write_whole(run_dir / "report.html", html)
+    path = write_whole(run_dir / "report.html", html)
+    put_beside(run_dir, path.name)
+    return path

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,6 +21,7 @@ from gossamer.comm.rollout import Request, Sample
 from gossamer.launch.config import RecoveryConfig, RolloutConfig
 from gossamer.launch.engine_actor import EngineActor
 from gossamer.trainer.metrics import EventLog
+from gossamer.trainer.run_folder import open_run
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,7 +59,7 @@ class RolloutPool:
     ) -> None:
         self._run_dir, self._rollout, self._model = run_dir, rollout, model
         self._recovery = recovery
-        self._events = EventLog(Path(run_dir))
+        self._events = EventLog(open_run(run_dir))
         self._queue: deque[_Unit] = deque()
         self._batches: dict[str, _Batch] = {}
         self._changed = threading.Condition()

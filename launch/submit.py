@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from gossamer.launch.config import RunConfig
 from gossamer.launch.quantities import MISSING, format_duration
+from gossamer.launch.recipe import refuse_secrets
+from gossamer.trainer.run_folder import is_url
 
 if TYPE_CHECKING:
     from ray.job_submission import JobStatus, JobSubmissionClient
@@ -43,8 +45,9 @@ def add_submit_commands(commands: Any) -> None:  # noqa: ANN401, argparse has no
     submit.add_argument("overrides", nargs="*", metavar="a.b=c", help="train.seed=2, and so on")
     submit.add_argument(
         "--run-dir",
-        metavar="PATH",
-        help="a folder that every node of the cluster sees; default: ~/gossamer/runs/NAME there",
+        metavar="RUN",
+        help="a folder that every node of the cluster sees, or s3://, ... that it reaches;"
+        " default: ~/gossamer/runs/NAME there",
     )
     submit.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
     submit.add_argument("--resume", metavar="RUN_DIR", help="go on with a run of the cluster's")
@@ -241,7 +244,9 @@ def _submit(arguments: argparse.Namespace) -> int:
         command = "rl" if config.has_rollouts else "train"
         words = [command, "recipe.json", "--run-dir", _of_its_home(run_dir)]
         words += ["--overwrite"] if arguments.overwrite else []
-    if not run_dir.startswith(("/", "~/")):
+    if is_url(run_dir):
+        refuse_secrets(run_dir, "--run-dir")
+    elif not run_dir.startswith(("/", "~/")):
         raise ValueError(f"run folder {run_dir}: expected an absolute path, one of the cluster's")
     client = _client(arguments.address)
     submission = submit_run(client, name, words, run_dir, recipe)

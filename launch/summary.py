@@ -17,6 +17,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gossamer.trainer.event_store import StoreTail
+from gossamer.trainer.run_folder import inside, put_beside, url_of
+
 Event = dict[str, Any]
 
 FIELDS = {
@@ -58,11 +61,14 @@ def parse_event(line: bytes, where: str) -> Event:
 
 
 def read_events(run_dir: Path) -> list[Event]:
-    """All events of a run, in the order they were written.
+    """All events of a run, in the order they were written; of one at a URL, by their time.
 
     A last line without its newline was torn by a kill and is left out unless it is whole. Raises
     ValueError, naming file and line, for any other line that is no event.
     """
+    if (url := url_of(Path(run_dir))) is not None:
+        lines = StoreTail(url).read(is_last=True)
+        return [parse_event(line, f"{url}/metrics") for line in lines]
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected the metrics of a run")
@@ -189,7 +195,7 @@ def summarise(run_dir: Path) -> Event:
     events = settle(raw)
     starts = of_kind(raw, "run_start")
     if not starts:
-        raise ValueError(f"{Path(run_dir) / 'metrics.jsonl'}: holds no run_start event")
+        raise ValueError(f"{inside(Path(run_dir), 'metrics.jsonl')}: holds no run_start event")
     ends = of_kind(raw[raw.index(starts[-1]) :], "run_end")
     steps = of_kind(events, "train_step")
     versions = {e["version"]: e for e in of_kind(raw, "publish")}
@@ -251,6 +257,8 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def write_summary(run_dir: Path) -> Path:
-    """Writes RUN_DIR/summary.json and returns its path."""
+    """Writes RUN_DIR/summary.json and returns its path on this host."""
     text = json.dumps(summarise(run_dir), indent=2, allow_nan=False)
-    return write_whole(Path(run_dir) / "summary.json", text + "\n")
+    path = write_whole(Path(run_dir) / "summary.json", text + "\n")
+    put_beside(Path(run_dir), path.name)
+    return path

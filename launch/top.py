@@ -15,7 +15,10 @@ from typing import TYPE_CHECKING
 
 from gossamer.launch.display import EventTail, RunState
 from gossamer.launch.quantities import format_count, format_duration
+from gossamer.launch.run_argument import open_here
 from gossamer.launch.summary import Event, of_kind
+from gossamer.trainer.metrics import has_events
+from gossamer.trainer.run_folder import where_of
 
 if TYPE_CHECKING:
     from gossamer.launch.gantt import Activity
@@ -190,7 +193,7 @@ class FleetTop:
 
 def add_top_command(command: argparse.ArgumentParser) -> None:
     """Options of `gossamer top`; nothing heavy is imported."""
-    command.add_argument("run_dir", type=Path)
+    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
     command.add_argument("--once", action="store_true", help="print how it stands, and end")
     command.set_defaults(run=run_top)
 
@@ -200,10 +203,10 @@ def run_top(arguments: argparse.Namespace) -> None:
     from gossamer.launch.replicas_summary import is_fleet
     from rich.console import Console
 
-    run_dir = arguments.run_dir.resolve()
-    if not (run_dir / "metrics.jsonl").is_file():
+    run_dir = open_here(arguments.run_dir)
+    if not has_events(run_dir):
         raise ValueError(
-            f"{run_dir} holds no metrics.jsonl; expected the folder of a run"
+            f"{where_of(run_dir)} holds no metrics; expected the folder of a run"
             " (one that was submitted is found by `gossamer status`)"
         )
     top = (FleetTop if is_fleet(run_dir) else RunTop)(run_dir, Console())

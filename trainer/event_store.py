@@ -166,27 +166,26 @@ class LiveTail:
     def __init__(self, url: str) -> None:
         self._tail, self._lines = StoreTail(url), list[bytes]()
         self._look: threading.Thread | None = None
-        self._look_s = 0.0
+        self._look_s = -EVERY_S
 
     def read(self) -> list[bytes]:
         """What was found since the last call; the first call waits for all that is there."""
         is_first = self._look is None
-        if is_first or time.monotonic() - self._look_s >= EVERY_S:
-            lines = self._taken()
-            if not self._is_looking():
-                self._look_s = time.monotonic()
-                self._look = threading.Thread(target=self._take, daemon=True)
-                self._look.start()
-                if is_first:
-                    self._look.join()
-            return lines + self._taken()
-        return self._taken()
+        lines = self._taken()
+        if not self._is_looking() and time.monotonic() - self._look_s >= EVERY_S:
+            self._look_s = time.monotonic()
+            self._look = threading.Thread(target=self._take, daemon=True)
+            self._look.start()
+            if is_first:
+                self._look.join()
+        return lines + self._taken()
 
     def read_to_end(self) -> list[bytes]:
-        """All that is in the store by now. Raises StoreError."""
+        """The same, with all that is in the store by now."""
         if self._look is not None:
             self._look.join()
-        return self._taken() + self._tail.read(is_last=True)
+        self._take(is_last=True)
+        return self._taken()
 
     def _is_looking(self) -> bool:
         return self._look is not None and self._look.is_alive()
@@ -197,9 +196,9 @@ class LiveTail:
         lines, self._lines = self._lines, []
         return lines
 
-    def _take(self) -> None:
+    def _take(self, is_last: bool = False) -> None:
         try:
-            self._lines += self._tail.read()
+            self._lines += self._tail.read(is_last)
         except OSError as error:
             LOG.warning("events cannot be read now: %s", error)
 

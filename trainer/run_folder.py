@@ -20,7 +20,6 @@ import json
 import os
 from pathlib import Path
 
-from gossamer.comm.outer.retention import clear
 from gossamer.comm.store import STORES, Store, open_store
 
 CONFIG_FILE, FILES_FILE, LOG_FOLDER = "config.json", "files.json", "log"
@@ -88,7 +87,7 @@ def claim(run_dir: Path) -> bool:
     return open_store(url).put(CONFIG_FILE, (run_dir / CONFIG_FILE).read_bytes())
 
 
-def share(run_dir: Path, *names: str) -> None:
+def share_files(run_dir: Path, *names: str) -> None:
     """Puts files of `run_dir` where other hosts find them; those that are missing are passed over.
 
     Every `open_run` from now on fetches them.
@@ -116,6 +115,8 @@ def delete_run(run_dir: Path) -> None:
 
     Raises ValueError where the store holds a config.json and no other part of a run.
     """
+    from gossamer.comm.outer.retention import clear  # brings NumPy, which displays do without
+
     url = where_of(run_dir)
     store = open_store(url)
     writers, logged = store.list("metrics/"), store.list(f"{LOG_FOLDER}/")

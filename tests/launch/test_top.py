@@ -54,7 +54,7 @@ def test_bars_are_whole_cells_and_as_long_as_the_shares():
 
 def test_no_run_is_a_sentence(tmp_path, capsys):
     assert main(["top", str(tmp_path)]) == 1
-    assert "holds no metrics.jsonl; expected the folder of a run" in capsys.readouterr().err
+    assert "holds no metrics; expected the folder of a run" in capsys.readouterr().err
 
 
 def test_a_run_of_replicas_has_a_row_each(tmp_path, capsys):

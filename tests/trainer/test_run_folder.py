@@ -14,7 +14,7 @@ from gossamer.trainer.run_folder import (
     inside,
     open_run,
     put_beside,
-    share,
+    share_files,
     url_of,
     where_of,
 )
@@ -38,7 +38,7 @@ def begin(url: str, **files: str) -> None:
     assert claim(run_dir)
     for name, text in files.items():
         (run_dir / f"{name}.json").write_text(text)
-    share(run_dir, *(f"{name}.json" for name in files), "absent.json")
+    share_files(run_dir, *(f"{name}.json" for name in files), "absent.json")
 
 
 def test_a_plain_folder_is_itself(tmp_path):
@@ -46,7 +46,7 @@ def test_a_plain_folder_is_itself(tmp_path):
     assert url_of(tmp_path) is None and where_of(tmp_path) == str(tmp_path)
     assert inside(tmp_path, "log") == f"{tmp_path}/log"
     assert claim(tmp_path) and not has_begun(tmp_path) and not has_events(tmp_path)
-    share(tmp_path, "tokenizer.json")
+    share_files(tmp_path, "tokenizer.json")
     assert list(tmp_path.iterdir()) == []
 
 
