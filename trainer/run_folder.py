@@ -104,10 +104,18 @@ def share_files(run_dir: Path, *names: str) -> None:
 
 
 def put_beside(run_dir: Path, name: str) -> str:
-    """Puts one file that no process of the run reads, a report; returns where it is."""
+    """Puts one file that is read where it lies, as a report is; returns where that is."""
     if (url := url_of(run_dir)) is not None:
         open_store(url).put(name, (run_dir / name).read_bytes(), overwrite=True)
     return inside(run_dir, name)
+
+
+def read_beside(run_dir: Path, name: str) -> bytes | None:
+    """What `put_beside` put last, by any host; None where it never did."""
+    try:
+        return open_store(where_of(run_dir)).get(name)
+    except FileNotFoundError:
+        return None
 
 
 def delete_run(run_dir: Path) -> None:
