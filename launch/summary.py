@@ -15,6 +15,7 @@ import json
 import math
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from gossamer.trainer.event_store import StoreTail
@@ -188,6 +189,8 @@ def summarise(run_dir: Path) -> Event:
     change_density_mean: mean over delta versions of changed elements / elements.
     engines_bit_exact: every such engine's last audit was equal and at the newest version, and
         there is at least one; None when nothing was published.
+    saving_slowdown: median time of steps while a checkpoint was written over that of the others,
+        outside RL; None with fewer than 3 of either.
     engines_dead: how often an engine was found dead.
     wall_s: from the first run_start to the last event, pauses between attempts included.
     """
@@ -216,9 +219,21 @@ def summarise(run_dir: Path) -> Event:
             [e["density"] for e in versions.values() if e["kind"] == "delta"]
         ),
         "engines_bit_exact": _is_bit_exact(raw, version_last),
+        "saving_slowdown": saving_slowdown(steps),
         "engines_dead": len(of_kind(raw, "engine", what="dead")),
         "wall_s": raw[-1]["time_s"] - starts[0]["time_s"],
     }
+
+
+def saving_slowdown(steps: list[Event]) -> float | None:
+    """How much slower text steps are while a checkpoint is written, as a ratio of medians."""
+    alike = [e for e in steps if "reward_mean" not in e and "saving" in e]
+    with_write, without = (
+        [e["step_s"] for e in alike if e["saving"] is saving] for saving in (True, False)
+    )
+    if min(len(with_write), len(without)) < 3:
+        return None
+    return median(with_write) / median(without)
 
 
 def _learned(raw: list[Event], events: list[Event]) -> Event:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
-from gossamer.comm.log import WeightLog
+from gossamer.comm.log import StaleWriterError, WeightLog
 from gossamer.parallel.engine import Engine, Owned
 from gossamer.parallel.gather import gather_texts
 from gossamer.trainer.checkpoint import (
@@ -164,13 +164,18 @@ class Saver:
         self._event: dict[str, Any] = {}
         self._saved: tuple[Progress, str] | None = None
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether a write is in flight, as of the last look."""
+        return self._write is not None
+
     def is_due(self, step: int) -> bool:
         return step % self._config.every_steps == 0
 
     def save(self, progress: Progress, data: dict[str, Any] | None, version: int | None) -> None:
         """Copies the whole state and begins to write it; waits for an earlier write first.
 
-        Raises RuntimeError, as a stale writer, when a later attempt has begun.
+        Raises StaleWriterError when a later attempt has begun.
         """
         self.wait()
         if self._saved and self._saved[0] == progress:
@@ -232,6 +237,7 @@ class Saver:
         is_writing, is_failed = map(bool, flags.tolist())
         if is_failed:
             write.abandon()
+            self._refuse_stale()  # of all faults the one that another attempt would not mend
             told = next(filter(None, map(json.loads, gather_texts(json.dumps(write.fault)))))
             raise RuntimeError(
                 f"writing the checkpoint of step {self._event['step']} failed: {told}"
@@ -272,7 +278,7 @@ class Saver:
 
     def _refuse_stale(self) -> None:
         if self._log.is_superseded(self._epoch):
-            raise RuntimeError(
+            raise StaleWriterError(
                 f"this is writer epoch {self._epoch} of the run, but a later one has begun;"
                 " no checkpoint was committed"
             )

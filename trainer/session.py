@@ -78,6 +78,7 @@ class Session:
         self._dev = task_source(tokenizer, problems.dev if problems else [], 1.0, True)
         self._rollout_statistics: RolloutStatistics | None = None
         self._clock_s = self._wait_s = self._lr = 0.0
+        self._is_saving = False
         self._open_books()
         self._saver = self._build_saver()
         self._sparse: SparseRun | None = None
@@ -171,6 +172,7 @@ class Session:
     def update(self, phase: PhaseConfig) -> UpdateResult:
         """Draws the next batch and learns from it. Raises what a checkpoint's write raised."""
         self._saver.poll()
+        self._is_saving = self._saver.is_writing
         gate = self.config.model.moe.dense_to_sparse
         is_evomoe = self.config.model.router == "dense_to_sparse"
         # not the engine's own count: one that joined a run's replicas took few of them itself
@@ -257,6 +259,7 @@ class Session:
             skips=self.progress.skips,
             step_s=step_s,
             wait_s=self._wait_s,
+            saving=self._is_saving,
             tokens_per_s=result.tokens / step_s,
             mfu=result.flops / (step_s * self._peak_flops),
             **fields,

@@ -7,7 +7,14 @@ import math
 import re
 
 import pytest
-from gossamer.launch.summary import read_events, settle, summarise, write_summary
+from gossamer.launch.summary import (
+    of_kind,
+    read_events,
+    saving_slowdown,
+    settle,
+    summarise,
+    write_summary,
+)
 from synthetic_run import FULL_BYTES, SyntheticRun, write_run
 
 
@@ -214,3 +221,16 @@ def test_written_whole_and_strict_json_even_when_a_loss_is_nan(tmp_path):
 def test_a_run_that_published_nothing_owes_no_proof(tmp_path):
     SyntheticRun(tmp_path).start(1)
     assert summarise(tmp_path)["engines_bit_exact"] is None
+
+
+def test_steps_beside_a_checkpoints_write_are_set_apart(tmp_path):
+    run = SyntheticRun(tmp_path)
+    run.start(1)
+    times_s = {True: (1.0, 3.0, 1.5), False: (1.0, 1.2, 0.8, 1.0)}
+    for saving, each in times_s.items():
+        for step_s in each:
+            run.add("train_step", phase="a", step=1, loss=1.0, step_s=step_s, saving=saving)
+    fields = {"phase": "rl", "loss": 0.0, "step_s": 99.0, "reward_mean": 0.1, "saving": True}
+    run.add("train_step", step=2, **fields)
+    assert saving_slowdown(of_kind(read_events(tmp_path), "train_step")) == 1.5
+    assert saving_slowdown([]) is None
