@@ -41,6 +41,10 @@ class Offer:
     def tokens(self) -> int:
         return self.messages[0].tokens
 
+    @property
+    def mask_version(self) -> int:
+        return self.messages[0].mask_version
+
     def counted(self) -> Counted:
         """Its entry in the record."""
         return Counted(
@@ -99,7 +103,10 @@ def judge(
                 f"it began the round with weights {offer.base_hash}, the others with {base}"
             )
     good = [offer for offer in sound if offer.replica not in refused]
-    good += [each for each in late if not each.fault and each.base_hash == last_base_hash]
+    version = max((each.mask_version for each in good), default=0)
+    # what was made under older masks tells of elements that may be masked now
+    late = [each for each in late if not each.fault and each.mask_version == version]
+    good += [each for each in late if each.base_hash == last_base_hash]
     counted, stops = [], dict(books)
     for offer in sorted(good, key=lambda offer: (offer.replica, offer.round)):
         stop = stops.get(offer.replica, 0)
@@ -111,5 +118,4 @@ def judge(
             continue
         stops[offer.replica] = offer.tokens_before + offer.tokens
         counted.append(offer.counted())
-    versions = [each.messages[0].mask_version for each in sound if each.base_hash == base]
-    return Verdict(base, counted, refused, stops, max(versions, default=0))
+    return Verdict(base, counted, refused, stops, version)

@@ -14,7 +14,7 @@ from gossamer.comm.store import open_store
 from toy_replicas import CONFIG, TOKENS, open_replica, run_round, state_of, trained_rows
 
 
-def offer(replica, number, tokens_before, base=7, tokens=10):
+def offer(replica, number, tokens_before, base=7, tokens=10, masks=0):
     message = Message(
         run_id="toy",
         round=number,
@@ -23,6 +23,7 @@ def offer(replica, number, tokens_before, base=7, tokens=10):
         inner_steps=1,
         tokens_before=tokens_before,
         tokens=tokens,
+        mask_version=masks,
         sent=[],
     )
     return Offer(replica, 1, number, [message])
@@ -42,6 +43,13 @@ def test_messages_are_added_by_replica_and_then_by_round():
 def test_a_late_message_on_other_weights_does_not_count():
     verdict = judge([offer("b", 4, 0)], [offer("a", 3, 10, base=5)], {}, f"{6:016x}", "b")
     assert who(verdict) == [("b", 4)]
+
+
+@pytest.mark.parametrize(("masks", "counts"), [(4, False), (2, True)])
+def test_a_late_message_under_older_masks_does_not_count(masks, counts):
+    late = offer("a", 3, 10, base=6, masks=2)
+    verdict = judge([offer("b", 4, 0, masks=masks)], [late], {}, f"{6:016x}", "b")
+    assert (("a", 3) in who(verdict), verdict.mask_version) == (counts, masks)
 
 
 def test_most_weights_win_and_of_as_many_the_writer():

@@ -99,7 +99,7 @@ def test_nothing_lives_off_the_mask(fleet):
 
 def test_what_is_sent_whole_is_what_is_kept(fleet, request):
     if "sparseloco" in str(fleet["rounds"]):
-        pytest.skip("two bits an element, with positions")
+        pytest.skip("two bits an element: tests/trainer/test_sparsity_kept.py")
     checkpoint, sent = last(fleet["b"]), 0
     for name, shape in checkpoint.shapes.items():
         is_shared = checkpoint.has(name, "mask") and "down_proj" not in name
@@ -110,6 +110,28 @@ def test_what_is_sent_whole_is_what_is_kept(fleet, request):
     files = list((fleet["rounds"] / f"rounds/{number:08d}").glob("b-*.message"))
     found = sum(file.stat().st_size for file in files)
     assert len(files) == 2 and found < 1.15 * 4 * sent
+
+
+@pytest.mark.slow
+def test_killed_between_rounds_it_goes_on_with_the_same_bits(tmp_path):
+    """Error buffers among them, over changes of masks; two ranks, so rows are cut."""
+    folders, ends = [tmp_path / "whole", tmp_path / "killed"], []
+    for folder in folders:
+        config = sparse("a", 0, folder / "rounds", "sparseloco", ranks=2)
+        config["outer"]["expected_replicas"] = 1
+        if folder.name == "killed":
+            first = Running(folder, config, fault=Fault(after_update=5))
+            assert first.ended() != [0, 0], first.error()
+        finish(Running(folder, config, attempt=2))
+        ends.append(last(folder))
+    assert hashes(folders[1]) == hashes(folders[0])
+    whole, killed = ends
+    for name, shape in whole.shapes.items():
+        one, other = (end.read(name, 0, shape[0]) for end in ends)
+        assert torch.equal(one.master, other.master), name
+        for kind in (each for each, owner in whole.kinds() if owner == name):
+            rows = [end.rows(name, 0, shape[0], kind) for end in (whole, killed)]
+            assert torch.equal(*rows), (name, kind)
 
 
 def test_masks_that_replicas_cannot_agree_on_are_refused(tmp_path):

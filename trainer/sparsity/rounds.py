@@ -4,8 +4,8 @@ The one idea: a mask is part of the shared weights. Its bits are rows beside the
 the hash that every round's record commits to and in every anchor; and each replica works out the
 next ones from the settled round alone (shared weights, mean of the dense gradients that the
 messages brought), also for rounds that it was not there for. What is not on the mask is cleared
-after every round, in weights, momentum and error buffers; and of what is sent whole only elements
-on the mask are sent, in their order, without positions.
+after every round, in weights, momentum and error buffers; and what is sent is chosen among elements
+on the mask, and coded among them (kept.py).
 
 Masks under which weights live on (STE) are no affair of the rounds: dense weights are shared, and
 each replica takes its masks from those. DECISIONS 15.
@@ -13,28 +13,22 @@ each replica takes its masks from those. DECISIONS 15.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import chain
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from gossamer.comm.codec.part import Rows
-from gossamer.comm.outer.exchange import Exchange, Identity, Settled
-from gossamer.comm.outer.message import Message, Sent, norm_of, send_dense
+from gossamer.comm.outer.exchange import Exchange
 from gossamer.comm.outer.replica import MASK_PREFIX, WINDOW_PREFIX, Replica
-from gossamer.comm.run import BLOCK_ROWS, Run
-from gossamer.parallel.gather import gather_texts
 from gossamer.parallel.masks import MASK, WINDOW
 from gossamer.trainer.sparsity.bits import pack_rows, row_bytes, unpack_rows
+from gossamer.trainer.sparsity.kept import COLUMN, Columns, KeptExchange, KeptRule
 from gossamer.trainer.sparsity.method import Band, Point
 from gossamer.trainer.sparsity.run import SparseRun
 from torch import Tensor
 
 TOKENS = WINDOW_PREFIX + "tokens"
-KEPT = re.compile(r"kept since round (\d+) of (.+) from row (\d+)")
 
 
 class SharedMasks:
@@ -50,6 +44,7 @@ class SharedMasks:
         self._scored_experts = sorted(self._scored & sparse.experts.keys())
         sparse.shared = self.names
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._columns = Columns({name: sparse.shapes[name] for name in self.names}, self._mask)
         self._changed: frozenset[str] = frozenset()
 
     # --- for OuterSync --------------------------------------------------------------------------
@@ -73,44 +68,25 @@ class SharedMasks:
 
     def through(self, exchange: Exchange, shapes: dict[str, tuple[int, ...]]) -> Exchange:
         """`exchange`, on which masked weights travel without what is masked; `shapes` are those it
-        was made with, to which the shapes of what is kept are added."""
+        was made with, to which the shapes of columns are added."""
         self._shapes = shapes
-        return _KeptExchange(exchange, self)
+        return KeptExchange(exchange, self._columns)
 
     def attach(self, replica: Replica, is_new: bool) -> None:
         """`replica` has its rows now; they are new: not what this rank's engine holds."""
         self._replica = replica
         replica.on_applied = self._applied
+        replica.rule = KeptRule(replica.rule, self._columns)
         self._changed = self.names if is_new else frozenset()
-        self._tell_kept()
+        before = range(replica.number, 0, -1)
+        self._changed_in = next((number for number in before if self._due(number)), 0)
+        self._lay_columns()
 
     def install(self, step: int) -> None:
         """What the rounds made of the masks comes into force; the run is at `step` now."""
         names, self._changed = self._changed, frozenset()
-        version = self._point(self.changed_in).step
+        version = self._point(self._changed_in).step
         self._sparse.install(step, names, self._mask, version)
-
-    def kept_places(self, name: str, row_start: int) -> np.ndarray | None:
-        """Flat places on the mask of the 64 rows from `row_start`; None where others own them."""
-        for first, stop in self._owned.get(name, ()):
-            if first <= row_start < stop:
-                packed = self._replica.rows[MASK_PREFIX + name, first].values
-                band = packed[row_start - first :][:BLOCK_ROWS].to(torch.uint8)
-                mask = unpack_rows(band, self._sparse.shapes[name])
-                return np.flatnonzero(mask.numpy()).astype(np.uint32)
-        return None
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole matrix."""
-        return self._sparse.shapes[name]
-
-    @property
-    def changed_in(self) -> int:
-        """The round before which masks changed last: a function of the round and the plan."""
-        for number in range(self._replica.number, 0, -1):
-            if self._due(number):
-                return number
-        return 0
 
     # --- a round is settled ---------------------------------------------------------------------
 
@@ -130,6 +106,7 @@ class SharedMasks:
                 key = MASK_PREFIX + band.name, band.row_start
                 self._replica.rows[key].values.copy_(pack_rows(mask))
             self._changed |= due
+            self._changed_in = number
         rule, weights = self._replica.rule, self._replica.rows
         held = {key: rows.values for key, rows in weights.items()}
         for (buffer, row_start), values in chain(
@@ -141,7 +118,7 @@ class SharedMasks:
             elif name in self.names and not buffer.startswith(MASK_PREFIX):
                 values.masked_fill_(~self._mask(name, row_start), 0.0)
         if due:
-            self._tell_kept()
+            self._lay_columns()
 
     def _mask(self, name: str, row_start: int) -> Tensor:
         """bool [rows, columns] of rows that this rank owns."""
@@ -171,78 +148,9 @@ class SharedMasks:
                 )
         return bands
 
-    def _tell_kept(self) -> None:
+    def _lay_columns(self) -> None:
         """Which shapes messages of the coming round may have; those of older masks no more."""
-        self._owned: dict[str, list[tuple[int, int]]] = {}
-        mine, since = [], self.changed_in
-        for (name, row_start), rows in self._replica.rows.items():
-            if name not in self.names:
-                continue
-            self._owned.setdefault(name, []).append((row_start, row_start + len(rows.values)))
-            for first in range(row_start, row_start + len(rows.values), BLOCK_ROWS):
-                places = self.kept_places(name, first)
-                if places is not None and len(places):
-                    mine.append(f"{kept_name(since, name, first)}\t{len(places)}")
-        for name in [name for name in self._shapes if KEPT.fullmatch(name)]:
+        for name in [name for name in self._shapes if COLUMN.fullmatch(name)]:
             del self._shapes[name]
-        for line in "\n".join(gather_texts("\n".join(mine))).split("\n"):
-            name, mark, count = line.partition("\t")
-            if mark:
-                self._shapes[name] = (int(count),)
-
-
-class _KeptExchange:
-    """An exchange whose messages hold of masked matrices that are sent whole what is kept."""
-
-    def __init__(self, exchange: Exchange, masks: SharedMasks) -> None:
-        self._exchange, self._masks = exchange, masks
-        self.identity: Identity = exchange.identity
-        self.next_round = exchange.next_round
-
-    def send(self, message: Message) -> None:
-        """See Exchange."""
-        since = self._masks.changed_in
-        sent = [part for each in message.sent for part in self._kept(each, since)]
-        self._exchange.send(replace(message, mask_version=since, sent=sent))
-
-    def settle(self, number: int) -> Settled:
-        """See Exchange."""
-        settled = self._exchange.settle(number)
-        messages = [
-            [replace(part, sent=[s for each in part.sent for s in self._whole(each)]) for part in m]
-            for m in settled.messages
-        ]
-        return replace(settled, messages=messages)
-
-    def _kept(self, sent: Sent, since: int) -> Iterator[Sent]:
-        run = sent.run
-        if run.name not in self._masks.names or sent.positions is not None:
-            yield sent
-            return
-        for first in range(run.row_start, run.row_start + run.num_rows, BLOCK_ROWS):
-            start = (first - run.row_start) * run.row_elements
-            places = self._masks.kept_places(run.name, first)
-            assert places is not None, "what is sent is this rank's"
-            if len(places):
-                values = torch.from_numpy(sent.values[start + places.astype(np.int64)])
-                name = kept_name(since, run.name, first)
-                yield send_dense(name, (len(values),), 0, values)
-
-    def _whole(self, sent: Sent) -> Iterator[Sent]:
-        """Of other ranks' rows, whose places are not known here, nothing."""
-        found = KEPT.fullmatch(sent.run.name)
-        if found is None:
-            yield sent
-            return
-        name, first = found[2], int(found[3])
-        places = self._masks.kept_places(name, first)
-        if places is not None:
-            shape = self._masks.shape(name)
-            num_rows = min(BLOCK_ROWS, shape[0] - first)
-            run = Run(name, "float32", shape, first, num_rows)
-            yield Sent(run, 1, places, sent.values, norm_of(sent.values))
-
-
-def kept_name(since: int, name: str, first: int) -> str:
-    """Of the kept elements of the 64 rows from `first`, under the masks since a round."""
-    return f"kept since round {since} of {name} from row {first}"
+        owned = [key for key in self._replica.rows if key[0] in self.names]
+        self._shapes |= self._columns.lay(owned, self._changed_in)
