@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-browser test-vllm test-testbed lint types
+.PHONY: demo test test-slow test-browser test-vllm test-testbed test-chaos lint types
 
 demo: $(INSTALLED)
 	@$(BIN)/gossamer rl demo --overwrite
@@ -38,6 +38,10 @@ test-testbed: $(INSTALLED)
 		{ [ "$$(id -u)" = 0 ] && apt-get -qq update && apt-get -qq install -y iproute2; } || \
 		echo "the network test bed needs iproute2, which could not be installed: as root, apt-get install iproute2"
 	@$(BIN)/python -m pytest -m testbed
+
+# breaks things around a run for CHAOS_MINUTES (10); needs what the test bed needs
+test-chaos: $(INSTALLED)
+	@$(BIN)/python -m pytest -m chaos -s
 
 lint: $(INSTALLED)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

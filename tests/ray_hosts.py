@@ -80,7 +80,7 @@ class RayHosts:
         """`ray start` on host i; returns once the cluster lists it. The head comes first."""
         host = self.hosts[i]
         words = ["ray", "start", "--block", "--disable-usage-stats", f"--num-cpus={self._cpus[i]}"]
-        words += [f"--node-ip-address={host.address}"]
+        words += [f"--node-ip-address={host.address}", f"--labels=host={i}"]
         if i == 0:
             words += ["--head", f"--port={PORT}", f"--dashboard-host={host.address}"]
         else:
@@ -107,6 +107,10 @@ class RayHosts:
         """What `ray start` printed on host i."""
         return (self._folder / f"host-{i}" / "ray.log").read_text()
 
+    def is_running(self, i: int) -> bool:
+        """Whether `ray start --block` is; it ends when its raylet does."""
+        return i in self._processes and self._processes[i].poll() is None
+
     def kill(self, i: int) -> None:
         """SIGKILL to all that runs on host i, as a power cut does."""
         words = ["ip", "netns", "pids", self.hosts[i].namespace]
@@ -117,7 +121,8 @@ class RayHosts:
                 except ProcessLookupError:
                     pass
             time.sleep(0.05)
-        self._processes.pop(i).wait()
+        if i in self._processes:
+            self._processes.pop(i).wait()
 
     def carried(self, i: int) -> int:
         """Bytes that have crossed the link of host i so far, both ways, headers included."""
@@ -137,7 +142,6 @@ def ray_hosts(
             yield cluster
         finally:
             for i, host in enumerate(made):
-                if i in cluster._processes:
-                    cluster.kill(i)
+                cluster.kill(i)
                 subprocess.run(["umount", folder / f"host-{i}" / "shm"], check=True)
                 shutil.rmtree(Path("/dev/shm") / host.namespace)
