@@ -11,6 +11,7 @@ import sys
 import threading
 from pathlib import Path
 
+from gossamer.launch.engines_cli import add_engines_command
 from gossamer.launch.log_cli import add_log_commands
 from gossamer.launch.place import add_place_command
 from gossamer.launch.prometheus import add_metrics_command
@@ -20,7 +21,8 @@ from gossamer.launch.submit import add_submit_commands
 from gossamer.launch.top import add_top_command
 from gossamer.trainer.run_folder import inside, is_url
 
-PLACES = ("cluster.", "recovery.", "rollout.engines=", "rollout.num_cpus=", "train.outer.url=")
+POOLS = tuple(f"rollout.{name}=" for name in ("engines", "num_cpus", "num_gpus", "pools"))
+PLACES = ("cluster.", "recovery.", *POOLS, "train.outer.url=")
 """What begins an override of `resume`."""
 
 
@@ -96,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_upcycle(commands.add_parser("upcycle", help="make a dense HF folder's MLPs into experts"))
     add_submit_commands(commands)
     add_top_command(commands.add_parser("top", help="watch a run, and who waits in it"))
+    add_engines_command(commands.add_parser("engines", help="a run's engines: see, grow, shrink"))
     add_metrics_command(commands.add_parser("metrics", help="a run's numbers, for Prometheus"))
     add_place_command(commands.add_parser("place", help="say where experts should live"))
     add_sparsity_commands(commands.add_parser("sparsity", help="sparse plans, before one runs"))
@@ -206,7 +209,10 @@ def _resume(arguments: argparse.Namespace) -> None:
 
         return resume_replicas(config, run_dir)
     from gossamer.launch.controller import resume_run
+    from gossamer.launch.pool_wishes import forget_wishes
 
+    if any(override.startswith(POOLS) for override in arguments.overrides):
+        forget_wishes(run_dir)  # what is said now counts
     resume_run(config, run_dir)
 
 

@@ -67,5 +67,6 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
 
 def _cpus_wanted(config: RunConfig) -> int:
     ranks = config.train.parallel.world_size * config.cluster.cpus_per_rank
-    engines = config.rollout.engines * config.rollout.num_cpus if config.has_rollouts else 0
+    pools = config.rollout.all_pools if config.has_rollouts else ()
+    engines = sum((pool.engines or 0) * (pool.num_cpus or 0.0) for pool in pools)
     return max(os.cpu_count() or 1, math.ceil(config.replicas * (ranks + engines)))

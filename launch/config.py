@@ -3,16 +3,69 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from urllib.parse import urlsplit
 
 from gossamer.trainer.config import TrainConfig
 
 ON_NEW_VERSION = ("keep", "wait", "recompute", "abort")
 
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+def check_url(url: object) -> str:
+    """A server's URL without a slash at its end. Raises ValueError."""
+    parts = urlsplit(url) if isinstance(url, str) else None
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r}: expected http(s)://host[:port]")
+    if parts.username or parts.password or parts.query:
+        raise ValueError(
+            f"the URL of {parts.hostname} holds more than http(s)://host[:port][/path]"
+        )
+    return str(url).rstrip("/")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolConfig:
+    """Engines of one kind; what is None is as `rollout` has it."""
+
+    name: str
+    """Begins the names of its engines; `gossamer engines RUN_DIR NAME=N` grows and shrinks it."""
+    engine: str | None = None
+    engines: int | None = None
+    """With `urls` None is 0."""
+    num_cpus: float | None = None
+    num_gpus: float | None = None
+    labels: Mapping[str, str] | None = None
+    urls: tuple[str, ...] = ()
+    """vLLM servers that run anyway and follow the log by `gossamer log follow`."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(NAME, self.name):
+            raise ValueError(
+                f"name is {self.name!r}; expected letters, digits, dots, dashes and underscores"
+            )
+        for name in ("engines", "num_cpus", "num_gpus"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name} of pool {self.name} is {value}; expected 0 or more")
+        if self.num_gpus is not None and self.num_gpus > 1 and self.num_gpus % 1:
+            raise ValueError(
+                f"num_gpus of pool {self.name} is {self.num_gpus}; expected a part of 1, or a whole"
+                " number"
+            )
+        for key, value in (self.labels or {}).items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise ValueError(f"labels of pool {self.name}: {key}={value!r}; expected words")
+        if len({check_url(url) for url in self.urls}) < len(self.urls):
+            raise ValueError(f"urls of pool {self.name} are {self.urls}; expected each once")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
-    """The pool of rollout engines, for recipes with a grpo phase."""
+    """The pools of rollout engines, for recipes with a grpo phase."""
 
     engine: str = "hf"
     """A name in comm/rollout.py."""
@@ -20,8 +73,19 @@ class RolloutConfig:
     """How many engines sample in parallel; each is one Ray actor."""
     num_cpus: float = 1.0
     """CPUs that Ray reserves for an engine."""
-    max_replacements: int = 20
-    """Engines that may be replaced before the pool gives up."""
+    num_gpus: float = 0.0
+    """GPUs that Ray reserves for an engine, 0.5 for two engines on one."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of Ray's nodes that engines may run on, {"zone": "a"}; Ray's selectors, "!a" and "in(a,b)",
+    too."""
+    pools: tuple[PoolConfig, ...] = ()
+    """Several kinds of engines; none: one pool called `engine`, as the fields here say."""
+    max_behind: int | None = None
+    """An engine that is more versions than this behind the log gets no more units, finishes its
+    own, and is started anew. None: however far."""
+    audit_every_versions: int = 0
+    """Every so many versions an engine hashes its live weights; one that does not hold the log's
+    bits is started anew, and its unit run again. 0: never."""
     prompt_retries: int = 0
     """How often a prompt is tried again, alone, after the engine that had it raised an error or
     died, before it is left out of its step. 0: an error ends the run, deaths are not counted."""
@@ -38,12 +102,19 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         if self.engines < 1:
             raise ValueError(f"rollout.engines is {self.engines}; expected at least 1")
-        if self.num_cpus < 0:
-            raise ValueError(f"rollout.num_cpus is {self.num_cpus}; expected 0 or more")
-        for name in ("max_replacements", "prompt_retries", "max_cuts"):
+        for name in ("num_cpus", "num_gpus", "prompt_retries", "max_cuts", "audit_every_versions"):
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"rollout.{name} is {value}; expected 0 or more")
+        if self.max_behind is not None and self.max_behind < 1:
+            raise ValueError(
+                f"rollout.max_behind is {self.max_behind}; expected 1 or more, or null"
+            )
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"rollout.pools are called {names}; expected each name once")
+        if not any(pool.engines or pool.urls for pool in self.all_pools):
+            raise ValueError("rollout.pools hold no engine; expected at least one")
         if self.on_new_version not in ON_NEW_VERSION:
             raise ValueError(
                 f"rollout.on_new_version is {self.on_new_version}; expected one of {ON_NEW_VERSION}"
@@ -53,6 +124,23 @@ class RolloutConfig:
                 f"rollout.max_waiting_samples is {self.max_waiting_samples}; expected 1 or more, or"
                 " null"
             )
+
+    @property
+    def all_pools(self) -> tuple[PoolConfig, ...]:
+        """Every pool, with nothing left None."""
+        pools = self.pools or (PoolConfig(name="engine"),)
+        return tuple(self._filled(pool) for pool in pools)
+
+    def _filled(self, pool: PoolConfig) -> PoolConfig:
+        engines = 0 if pool.urls and pool.engines is None else pool.engines
+        return replace(
+            pool,
+            engine=self.engine if pool.engine is None else pool.engine,
+            engines=self.engines if engines is None else engines,
+            num_cpus=self.num_cpus if pool.num_cpus is None else pool.num_cpus,
+            num_gpus=self.num_gpus if pool.num_gpus is None else pool.num_gpus,
+            labels=self.labels if pool.labels is None else pool.labels,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,7 +215,7 @@ class RunConfig:
     """The machines."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+        if not re.fullmatch(NAME, self.name):
             raise ValueError(
                 f"name is {self.name!r}; expected letters, digits, dots, dashes and underscores"
             )

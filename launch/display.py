@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 PLAIN_EVERY_S = 10.0
 """Without a terminal, a line is printed this often, and at each phase change and eval."""
-DEAD, STARTING = "dead", "starting"
+DEAD, DRAINED, STARTING = "dead", "drained", "starting"
 
 
 class EventTail:
@@ -103,6 +103,10 @@ class RunState:
                 self.published = event
                 self.wire_bytes += event["frame_bytes"]
                 self.full_bytes += event["full_bytes"]
+            case "pools":  # made anew, with engines of its own
+                self.engines = {}
+            case "engine" if event["what"] == "waits":
+                self.engines[event["engine"]] = f"waits for {event['waits_for']}"
             case "engine":
                 self._hear(event["engine"], event["what"], event.get("version"))
             case "eval":
@@ -131,17 +135,18 @@ class RunState:
         named = [p for p in event.get("phases") or [] if isinstance(p, dict)]
         self.totals = {p["name"]: p["max_steps"] for p in named if "max_steps" in p}
 
-        # engines are started for an attempt just before it; those of an earlier one are gone
-        self.engines = {name: held for name, held in self.engines.items() if held == STARTING}
-
     def _hear(self, engine: str, what: str, version: int | None) -> None:
         if what == "dead":
             self.engines[engine], self.lost = DEAD, self.lost + 1
+        elif what == "drained":
+            self.engines[engine] = DRAINED
+        elif what == "left":
+            self.engines.pop(engine, None)
         elif version is not None:
             self.engines[engine] = f"v{version}"
-        else:
-            if what == "replaced":
-                self.engines = {name: held for name, held in self.engines.items() if held != DEAD}
+        elif what in ("start", "replaced", "reseeded"):
+            gone = {"replaced": DEAD, "reseeded": DRAINED}.get(what)
+            self.engines = {name: held for name, held in self.engines.items() if held != gone}
             self.engines[engine] = STARTING
 
     @property
@@ -178,8 +183,8 @@ class RunState:
     def weights(self) -> dict[str, str]:
         """Who holds which version, and what that cost on the wire."""
         last = self.published
-        if not last:
-            return {}
+        if not last:  # what the start waits for, if anything
+            return {name: held for name, held in self.engines.items() if " " in held}
         sent, full = format_bytes(last["frame_bytes"]), format_bytes(last["full_bytes"])
         times = f" ({self.full_bytes / self.wire_bytes:.3g}× less)" if self.wire_bytes else ""
         return known(
@@ -236,7 +241,8 @@ class RunState:
         below += [f"attempt {self.attempts}"] if self.attempts > 1 else []
         below += [f"ended: {self.ended}"] if self.ended else []
         told = [Text(fault, "bold red") for fault in self.news]
-        content = Group(head, *told, Text(), body) if self.phase else Group(head, *told)
+        has_body = self.phase or self.weights()
+        content = Group(head, *told, Text(), body) if has_body else Group(head, *told)
         return Panel(content, title=title, subtitle=Text(" · ".join(below)), padding=(1, 2))
 
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gossamer.comm.manifest import GoneError
 from gossamer.comm.rollout import Request, Sample, VersionSpan
 from gossamer.launch.config import RolloutConfig
 from gossamer.trainer.metrics import EventLog
@@ -27,6 +28,10 @@ def write_pid(run_dir: Path, role: str) -> None:
     folder = run_dir / "pids"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / role).write_text(str(os.getpid()))
+
+
+class UnfitError(RuntimeError):
+    """An engine does not hold what it should: no sample of it is taken, and it is started anew."""
 
 
 class EngineActor:
@@ -44,6 +49,8 @@ class EngineActor:
         self._events, self._name, self._rollout = EventLog(here), name, rollout
         self._log = WeightLog.open(inside(here, LOG_FOLDER))
         self._version: int | None = None
+        self._fault: str | None = None
+        self._unaudited = 0
         build = resolve(rollout.engine, ROLLOUT_ENGINES, "rollout.engine")
         ids = {"pad_id": model["pad_token_id"], "eos_id": model["eos_token_id"]}
         self._engine = build(model, self._log, **ids)
@@ -52,13 +59,32 @@ class EngineActor:
         self._is_over.set()
         threading.Thread(target=self._follow_for_ever, daemon=True).start()
 
+    def catch_up(self, is_anew: bool) -> int | None:
+        """Follows to what is now the head of the log; the live version. With `is_anew` it is
+        audited, too. Raises UnfitError."""
+        head = self._log.head()
+        while head is not None and (self._version is None or self._version < head):
+            if not self._follow():
+                self._raise_fault()
+        if is_anew and self._version is not None:
+            with self._moving:
+                self._check_bits()
+            self._raise_fault()
+        return self._version
+
+    def status(self) -> tuple[int | None, str | None]:
+        """(live version, why the engine is unfit)."""
+        return self._version, self._fault
+
     def run(self, requests: list[Request], oldest_version: int) -> list[Sample]:
-        """Samples a unit at `oldest_version` or newer."""
+        """Samples a unit at `oldest_version` or newer. Raises UnfitError."""
         while self._version is None or self._version < oldest_version:
+            self._raise_fault()
             if not self._follow():
                 time.sleep(0.01)
         start_s = time.perf_counter()
         samples, cuts, dropped = self._generate(requests)
+        self._raise_fault()
         self._event(
             "generate",
             samples=len(samples),
@@ -96,9 +122,11 @@ class EngineActor:
     def audit(self, version: int) -> str:
         """State hash of the live weights once they are at `version`.
 
-        Raises ValueError where they are at a later one: nobody waits for the answer any more.
+        Raises ValueError where they are at a later one: nobody waits for the answer any more; and
+        UnfitError.
         """
         while self._version is None or self._version < version:
+            self._raise_fault()
             if not self._follow():
                 time.sleep(0.01)
         if self._version > version:
@@ -112,34 +140,62 @@ class EngineActor:
                 time.sleep(0.02)
 
     def _follow(self) -> bool:
-        """Stages and commits the next version; False when there is none."""
+        """Stages and commits the next version; False when there is none, or the engine is unfit."""
         with self._moving:
-            version = self._log.next_version(self._version)
-            if version is None:
+            if self._fault is not None:
                 return False
-            start_s = time.perf_counter()
-            hop, manifest = self._log.hop(self._version, version), self._log.manifest(version)
-            self._engine.stage(version)
-            stage_s = time.perf_counter() - start_s
-            self._is_over.clear()
-            self._is_wanted.set()
-            keeps = self._rollout.on_new_version == "keep"
             try:
-                with nullcontext() if keeps else self._sampling:
-                    committed = self._engine.commit()
-                    self._version = version
-            finally:
-                self._is_wanted.clear()
-                self._is_over.set()
-            self._event(
-                "commit",
-                bytes=hop.nbytes if hop else 0,
-                density=manifest.num_changed / manifest.num_elements,
-                stage_s=stage_s,
-                commit_s=time.perf_counter() - start_s - stage_s,
-                pause_s=committed.pause_s,
+                return self._move()
+            except GoneError:
+                return True  # deleted meanwhile; the next look finds another way, or none
+            except Exception as error:
+                self._fault = f"{type(error).__name__}: {error}"
+                return False
+
+    def _move(self) -> bool:
+        version = self._log.next_version(self._version)
+        if version is None:
+            return False
+        start_s = time.perf_counter()
+        hop, manifest = self._log.hop(self._version, version), self._log.manifest(version)
+        self._engine.stage(version)
+        stage_s = time.perf_counter() - start_s
+        self._is_over.clear()
+        self._is_wanted.set()
+        keeps = self._rollout.on_new_version == "keep"
+        try:
+            with nullcontext() if keeps else self._sampling:
+                committed = self._engine.commit()
+                self._version = version
+        finally:
+            self._is_wanted.clear()
+            self._is_over.set()
+        self._event(
+            "commit",
+            bytes=hop.nbytes if hop else 0,
+            density=manifest.num_changed / manifest.num_elements,
+            stage_s=stage_s,
+            commit_s=time.perf_counter() - start_s - stage_s,
+            pause_s=committed.pause_s,
+        )
+        self._unaudited += 1
+        if 0 < self._rollout.audit_every_versions <= self._unaudited:
+            self._check_bits()
+        return True
+
+    def _check_bits(self) -> None:
+        """Hashes the live weights; the engine is unfit where they are not the log's."""
+        assert self._version is not None  # asked after a commit
+        self._unaudited = 0
+        found, expected = self._engine.audit(), self._log.manifest(self._version).state_hash
+        if found != expected:
+            self._fault = (
+                f"its live weights hash to {found} where version {self._version} has {expected}"
             )
-            return True
+
+    def _raise_fault(self) -> None:
+        if self._fault is not None:
+            raise UnfitError(self._fault)
 
     def _event(self, what: str, **fields: Any) -> None:  # noqa: ANN401
         named = {"engine": self._name, "what": what, "version": self._version}

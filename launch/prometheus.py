@@ -16,7 +16,7 @@ from pathlib import Path
 from gossamer.launch.display import EventTail
 from gossamer.launch.endpoint import token_for
 from gossamer.launch.run_argument import open_here
-from gossamer.launch.summary import Event
+from gossamer.launch.summary import NOT_THERE, Event
 
 TOKEN_VARIABLE = "GOSSAMER_METRICS_TOKEN"
 PORT = 9470
@@ -88,7 +88,7 @@ class Numbers:
 
     def _take_engine(self, event: Event) -> None:
         engine = {"engine": event["engine"]}
-        self._set("engine_up", int(event["what"] != "dead"), **engine)
+        self._set("engine_up", int(event["what"] not in NOT_THERE), **engine)
         self._set("engine_version", event.get("version"), **engine)
         match event["what"]:
             case "generate":

@@ -86,9 +86,9 @@ class ReplicaRow:
 
     @property
     def state(self) -> str:
-        if self.replica.state is State.RUNNING and self._trained_s < self.replica.started_s:
+        if self.replica.state == State.RUNNING and self._trained_s < self.replica.started_s:
             return "restarting" if self.replica.restarts else "starting"
-        died = self.replica.state is State.WAITING and self.replica.restarts
+        died = self.replica.state == State.WAITING and self.replica.restarts
         return "died" if died else self.replica.state
 
     def cells(self) -> list[str]:

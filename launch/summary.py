@@ -37,6 +37,9 @@ FIELDS = {
 }
 """What a line of each kind must hold to be counted; other kinds pass through unread."""
 
+NOT_THERE = frozenset({"dead", "lost", "left", "drained", "waits", "unaudited"})
+"""What is said of an engine that holds no weights that count."""
+
 COPIED = (
     *("name", "seed", "params", "active_params", "world_size", "ep_size", "zero_stage"),
     *("peak_flops", "peak_source"),
@@ -141,17 +144,22 @@ def attempt_starts(events: list[Event]) -> list[int]:
     """Index of the first event of each attempt: its run_start, or the engines started for it."""
     starts = []
     for index in (i for i, e in enumerate(events) if e["event"] == "run_start"):
-        while index and events[index - 1].get("what") == "start":
+        while index and _is_of_a_start(events[index - 1]):
             index -= 1
         starts.append(index)
     return starts
+
+
+def _is_of_a_start(event: Event) -> bool:
+    is_engine = event["event"] == "engine" and event["what"] in ("start", "waits", "ready")
+    return is_engine or event["event"] in ("pools", "lifecycle")
 
 
 def living_engines(events: list[Event]) -> set[str]:
     """Engines of the last attempt that were alive when last heard of."""
     ours = events[attempt_starts(events)[-1] :]
     said = {e["engine"]: e.get("what") for e in ours if e["event"] in ("engine", "audit")}
-    return {engine for engine, what in said.items() if what != "dead"}
+    return {engine for engine, what in said.items() if what not in NOT_THERE}
 
 
 def _is_bit_exact(events: list[Event], last_version: int | None) -> bool | None:

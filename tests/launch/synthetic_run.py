@@ -29,6 +29,7 @@ class SyntheticRun:
             file.write(json.dumps({"event": event, "time_s": self.time_s, **fields}) + "\n")
 
     def start(self, attempt: int) -> None:
+        self.add("pools", pools=["engine"])
         for i in range(2):
             self.add("engine", engine=f"engine-{i}", what="start", version=None)
         self.add(

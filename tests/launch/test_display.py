@@ -26,7 +26,7 @@ def test_lines_are_read_once_and_only_when_whole(tmp_path):
     assert tail.read() == []
     run = SyntheticRun(tmp_path)
     run.start(1)
-    assert [e["event"] for e in tail.read()] == ["engine", "engine", "run_start"]
+    assert [e["event"] for e in tail.read()] == ["pools", "engine", "engine", "run_start"]
     with run.path.open("a") as file:
         file.write('{"event": "run_end", "time_s": 1, ')
     assert tail.read() == []
@@ -83,6 +83,29 @@ def test_an_engine_is_dead_until_another_replaces_it_and_gone_in_the_next_attemp
     run.start(2)
     assert engines() == {"engine-0": "starting", "engine-1": "starting"}
     assert live._state.weights()["engines lost"] == "1"
+
+
+def test_what_engines_wait_for_is_told_before_anything_else_happened(tmp_path):
+    run = SyntheticRun(tmp_path)
+    run.add("pools", pools=["engine"])
+    waits = {"engine": "engine-0", "what": "waits", "version": None}
+    run.add("engine", **waits, waits_for="1 CPU on a node with zone=a")
+    live, out = shown(tmp_path)
+    live.refresh()
+    assert "engine-0 waits for 1 CPU on a node with zone=a" in live._state.line()
+    console = Console(file=out, width=100)
+    console.print(live._state.panel(0.0))
+    assert "waits for 1 CPU" in out.getvalue()
+    run.start(1)
+    run.publish(1)
+    run.commit("engine-0")
+    run.add("engine", engine="engine-0", what="drained", version=None, reason="late")
+    run.add("engine", engine="engine-1", what="left", version=None)
+    live.refresh()
+    assert live._state.engines == {"engine-0": "drained"}
+    run.add("engine", engine="engine-2", what="reseeded", version=None)
+    live.refresh()
+    assert live._state.engines == {"engine-2": "starting"}
 
 
 def test_terminal_panel_shows_the_run(tmp_path):

@@ -197,7 +197,7 @@ def test_a_bad_line_is_named(tmp_path, line, why):
     with run.path.open("a") as file:
         file.write(line + "\n")
     run.add("run_end", reason="done")
-    with pytest.raises(ValueError, match=re.escape("metrics.jsonl:4: ") + ".*" + re.escape(why)):
+    with pytest.raises(ValueError, match=re.escape("metrics.jsonl:5: ") + ".*" + re.escape(why)):
         read_events(tmp_path)
 
 
