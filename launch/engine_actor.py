@@ -20,7 +20,10 @@ from gossamer.comm.manifest import GoneError
 from gossamer.comm.rollout import Request, Sample, VersionSpan
 from gossamer.launch.config import RolloutConfig
 from gossamer.trainer.metrics import EventLog
-from gossamer.trainer.run_folder import LOG_FOLDER, inside, open_run
+from gossamer.trainer.run_folder import LOG_FOLDER, inside, open_run, url_of
+
+LOOK_S, STORE_LOOK_S = 0.02, 0.2
+"""Between two looks for a version: a bucket takes money for each."""
 
 
 def write_pid(run_dir: Path, role: str) -> None:
@@ -48,6 +51,7 @@ class EngineActor:
         write_pid(here, name)
         self._events, self._name, self._rollout = EventLog(here), name, rollout
         self._log = WeightLog.open(inside(here, LOG_FOLDER))
+        self._look_s = LOOK_S if url_of(here) is None else STORE_LOOK_S
         self._version: int | None = None
         self._fault: str | None = None
         self._unaudited = 0
@@ -81,7 +85,7 @@ class EngineActor:
         while self._version is None or self._version < oldest_version:
             self._raise_fault()
             if not self._follow():
-                time.sleep(0.01)
+                time.sleep(self._look_s / 2)
         start_s = time.perf_counter()
         samples, cuts, dropped = self._generate(requests)
         self._raise_fault()
@@ -128,7 +132,7 @@ class EngineActor:
         while self._version is None or self._version < version:
             self._raise_fault()
             if not self._follow():
-                time.sleep(0.01)
+                time.sleep(self._look_s / 2)
         if self._version > version:
             raise ValueError(f"the engine is at version {self._version}, past version {version}")
         self._events.flush()  # the run may end with this
@@ -137,7 +141,7 @@ class EngineActor:
     def _follow_for_ever(self) -> None:
         while True:
             if not self._follow():
-                time.sleep(0.02)
+                time.sleep(self._look_s)
 
     def _follow(self) -> bool:
         """Stages and commits the next version; False when there is none, or the engine is unfit."""
