@@ -8,7 +8,7 @@ Columns: `loss` held-out, nats a token, at the end; `steps` at the dense arm's c
 the end; `mean_density` over the steps; `flops_share` of a dense step of the whole model that a
 machine which skips masked weights would do; `step_s` measured, and no shorter for a sparse arm:
 masked weights are multiplied like others. `products` times what could be shorter on this machine,
-`changes` what a change of masks takes.
+`changes` what a change of masks takes, `messages` counts bytes that a replica sends.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -26,8 +26,9 @@ from statistics import mean
 from typing import Any
 
 from gossamer.launch.bench.sparsity_arms import QUESTIONS, QUICK, Sizes, arms
+from gossamer.launch.bench.sparsity_messages import PLANS, RULES, count_messages
 from gossamer.launch.bench.sparsity_products import time_changes, time_products
-from gossamer.launch.bench.sparsity_train import train_in_this_process
+from gossamer.launch.bench.sparsity_train import in_this_process, train_arm
 from gossamer.launch.bench.sync import machine
 from gossamer.launch.summary import write_whole
 
@@ -48,6 +49,7 @@ def bench_sparsity(json_path: Path, quick: bool) -> None:
         write_whole(json_path, json.dumps(found, indent=1))
     if not found["products"]:
         found["products"], found["changes"] = time_products(quick), time_changes(quick)
+    found["messages"] = found.get("messages") or _counted(quick)
     found["noise"], found["verdicts"] = noise(found["rows"]), verdicts(found["rows"])
     found["load_average"] = round(os.getloadavg()[1], 1)
     write_whole(json_path, json.dumps(found, indent=1))
@@ -120,26 +122,40 @@ def _opened(path: Path, sizes: Sizes, quick: bool) -> Row:
 
 
 def _trained(sizes: Sizes, done: list[tuple[str, int]]) -> Iterator[Row]:
-    """Each arm and seed in a process of its own, forked, so that imports are paid for once."""
-    context = multiprocessing.get_context("fork")
+    """What each arm and seed came to."""
     todo = [(a, s) for s in sizes.seeds for a in arms(sizes) if (a, s) not in done]
-    running: dict[Any, tuple[Any, str, int, Path]] = {}
+    for (arm, seed, _), answer in _answers(train_arm, [(*each, sizes) for each in todo]):
+        yield {"arm": arm, "seed": seed, **answer}
+
+
+def _counted(quick: bool) -> list[Row]:
+    """Bytes of messages by plan and rule."""
+    todo = [(*plan, rule) for plan in (PLANS[-1:] if quick else PLANS) for rule in RULES]
+    return [
+        {"plan": plan, "density": density, "rule": rule, "bytes": answer}
+        for (plan, density, rule), answer in _answers(count_messages, todo)
+    ]
+
+
+def _answers(work: Callable[..., Any], todo: list[tuple]) -> Iterator[tuple[tuple, Any]]:
+    """Each piece of work in a process of its own, forked, so that imports are paid for once."""
+    context = multiprocessing.get_context("fork")
+    running: dict[Any, tuple[Any, tuple, Path]] = {}
+    left = list(enumerate(todo))
     with tempfile.TemporaryDirectory() as folder:
-        while todo or running:
-            while todo and len(running) < WORKERS:
-                arm, seed = todo.pop(0)
-                answer = Path(folder, f"{arm}-{seed}.json")
+        while left or running:
+            while left and len(running) < WORKERS:
+                index, arguments = left.pop(0)
+                answer = Path(folder, f"{index}.json")
                 process = context.Process(
-                    target=train_in_this_process, args=(arm, seed, sizes, answer), daemon=True
+                    target=in_this_process, args=(answer, work, *arguments), daemon=True
                 )
                 process.start()
-                running[process.sentinel] = process, arm, seed, answer
+                running[process.sentinel] = process, arguments, answer
             for sentinel in wait(list(running)):
-                process, arm, seed, answer = running.pop(sentinel)
+                process, arguments, answer = running.pop(sentinel)
                 process.join()
                 if process.exitcode:
-                    raise RuntimeError(f"training {arm} with seed {seed} failed; see above")
-                row = {"arm": arm, "seed": seed, **json.loads(answer.read_text())}
-                left = len(todo) + len(running)
-                print(f"{arm}, seed {seed}: {row['loss']:.4f}; {left} to go", file=sys.stderr)
-                yield row
+                    raise RuntimeError(f"{work.__name__}{arguments} failed; see above")
+                print(f"{arguments}; {len(left) + len(running)} to go", file=sys.stderr)
+                yield arguments, json.loads(answer.read_text())

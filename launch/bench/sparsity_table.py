@@ -34,6 +34,8 @@ def render_table(path: Path) -> str:
             *_products(found["products"]),
             "",
             *_changes(found["changes"]),
+            "",
+            *_messages(found["messages"]),
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not hold rows of `{COMMAND}`: {error}") from error
@@ -83,6 +85,21 @@ def _products(products: list[Row]) -> list[str]:
 def _changes(changes: list[Row]) -> list[str]:
     lines = _head("a change of masks", "ms a million weights")
     return lines + [_line(row["change"], f"{1000 * row['seconds']:.0f}") for row in changes]
+
+
+def _messages(messages: list[Row]) -> list[str]:
+    """Of the first round and of the last one."""
+    rules = sorted({row["rule"] for row in messages})
+    lines = _head("plan", *(f"`{rule}`, kB: first round, last" for rule in rules))
+    for plan, density in dict.fromkeys((row["plan"], row["density"]) for row in messages):
+        own = {
+            r["rule"]: r["bytes"] for r in messages if (r["plan"], r["density"]) == (plan, density)
+        }
+        name = "none" if plan is None else f"{plan}, {100 * density:g} %"
+        lines.append(
+            _line(name, *(f"{own[r][0] / 1e3:.1f}, {own[r][-1] / 1e3:.1f}" for r in rules))
+        )
+    return lines
 
 
 def _head(*cells: str) -> list[str]:

@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
@@ -100,14 +101,14 @@ def train_arm(arm: str, seed: int, sizes: Sizes) -> Answer:
     }
 
 
-def train_in_this_process(arm: str, seed: int, sizes: Sizes, answer: Path) -> None:
-    """Writes the answer as JSON, and ends the process."""
+def in_this_process(answer: Path, work: Callable[..., Any], *arguments: object) -> None:
+    """Writes work(*arguments), on one rank, as JSON, and ends the process."""
     torch.set_num_threads(1)
     os.environ.update(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1")
     try:
         init = f"file://{answer}.store"
         dist.init_process_group("gloo", init_method=init, rank=0, world_size=1)
-        answer.write_text(json.dumps(train_arm(arm, seed, sizes)))
+        answer.write_text(json.dumps(work(*arguments)))
     except BaseException:
         traceback.print_exc()
         os._exit(1)

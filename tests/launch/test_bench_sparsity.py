@@ -71,6 +71,10 @@ def result(quick: bool = True) -> dict:
         "verdicts": verdicts(rows),
         "products": time_products(quick),
         "changes": time_changes(quick),
+        "messages": [
+            {"plan": None, "density": 1.0, "rule": "diloco", "bytes": [2000, 3000]},
+            {"plan": "rigl", "density": 0.1, "rule": "diloco", "bytes": [2500, 300]},
+        ],
     }
 
 
@@ -81,6 +85,7 @@ def test_the_table_says_what_the_json_says(tmp_path):
     assert "| static_erk | 1.050 (0.100) | 30 | 0.200, 0.200 | 40 % | 0.00100 | 10 |" in text
     assert "| Is ERK better than uniform? | -1.000 | -1.000, -1.000 | 30, 30 | yes |" in text
     assert "| 0.02 |" in text and "| rigl |" in text
+    assert "| none | 2.0, 3.0 |" in text and "| rigl, 10 % | 2.5, 0.3 |" in text
     path.write_text("{}")
     with pytest.raises(ValueError, match="does not hold rows of `gossamer bench sparsity`"):
         sparsity_table.render_table(path)
@@ -100,6 +105,8 @@ def test_the_quick_benchmark_runs_and_goes_on_where_it_was(tmp_path, capsys):
     found = json.loads(path.read_text())
     assert {(row["arm"], row["seed"]) for row in found["rows"]} == {*product(arms(QUICK), [1])}
     assert {each["verdict"] for each in found["verdicts"]} == {"not above the noise"}
+    sent = {row["rule"]: row["bytes"] for row in found["messages"]}
+    assert sent["sparseloco"][-1] < sent["diloco"][-1] / 10  # chosen among a tenth, no gradients
     dropped = found["rows"].pop()
     path.write_text(json.dumps(found))
     bench_sparsity(path, quick=True)
