@@ -74,22 +74,36 @@ class ReplicaRow:
         self.run, self.sent_bytes = RunState(), 0
         self.round: Event = {}
         self._tail, self._trained_s = EventTail(replica.run_dir), 0.0
+        self._restart_s = 0.0
 
-    def read(self) -> None:
+    def read(self) -> list[str]:
+        """Takes new events in; why its trainer died, or waits, where it did."""
+        news = []
         for event in self._tail.read():
             self.run.take(event)
-            if event["event"] == "train_step":
-                self._trained_s = event["time_s"]
-            if event["event"] == "outer_round":
-                self.round = event
-                self.sent_bytes += event.get("wire_bytes_sent", 0)
+            match event["event"]:
+                case "train_step":
+                    self._trained_s = event["time_s"]
+                case "outer_round":
+                    self.round = event
+                    self.sent_bytes += event.get("wire_bytes_sent", 0)
+                case "lifecycle" if event["why"]:
+                    news.append(event["why"])
+                    self._restart_s = event["time_s"]
+        return news
 
     @property
     def state(self) -> str:
-        if self.replica.state == State.RUNNING and self._trained_s < self.replica.started_s:
-            return "restarting" if self.replica.restarts else "starting"
+        begun_s = max(self.replica.started_s, self._restart_s)
+        if self.replica.state == State.RUNNING and self._trained_s < begun_s:
+            return "restarting" if self.restarts or self._restart_s else "starting"
         died = self.replica.state == State.WAITING and self.replica.restarts
         return "died" if died else self.replica.state
+
+    @property
+    def restarts(self) -> int:
+        """Of its process, and of its trainer alone."""
+        return max(self.replica.restarts, self.run.attempts - 1)
 
     def cells(self) -> list[str]:
         done, total = self.run.steps
@@ -104,7 +118,7 @@ class ReplicaRow:
             str(last["round"]) if last else "",
             format_bytes(self.sent_bytes) if self.sent_bytes else "",
             format_percent(busy) if busy is not None else "",
-            str(self.replica.restarts or ""),
+            str(self.restarts or ""),
         ]
 
 
@@ -146,11 +160,13 @@ class FleetDisplay:
     def refresh(self) -> None:
         """Reads what is new and shows it. Cheap: call it a few times a second."""
         for row in self._rows:
-            row.read()
+            for why in row.read():
+                self._tell(row.replica.name, why)
         self._rounds.read()
         for event in self._tail.read():
             if event["event"] == "replica" and event["what"] != "started":
-                self._tell(event)
+                why = f": {event['reason']}" if event.get("reason") else ""
+                self._tell(event["replica"], event["what"] + why)
         if self._console.is_terminal:
             self._live.update(self.panel(), refresh=True)
         elif time.monotonic() - self._printed_s >= PLAIN_EVERY_S:
@@ -205,9 +221,8 @@ class FleetDisplay:
         title = Text.assemble("gossamer · ", (self._name, "bold"))
         return Panel(Group(table, Text(), *below), title=title, subtitle=self._clock())
 
-    def _tell(self, event: Event) -> None:
-        why = f": {event['reason']}" if event.get("reason") else ""
-        news = f"{self._clock()} {event['replica']} {event['what']}{why}"
+    def _tell(self, name: str, what: str) -> None:
+        news = f"{self._clock()} {name} {what}"
         self._news.append(news)
         if not self._console.is_terminal:
             self._print(news)

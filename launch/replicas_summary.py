@@ -70,8 +70,8 @@ def hashes_equal(fleet: Fleet) -> bool | None:
 def summarise_fleet(fleet: Fleet, run_dir: Path) -> Event:
     """summary.json's content. None means there was nothing to measure.
 
-    replicas: of each its state (finished, lost, ended, ...), restarts, steps, rounds in which it
-        counted, tokens that the books hold of it, loss_last, heldout_loss_last, utilisation (share
+    replicas: of each its state (finished, lost, ended, ...), restarts (of its process, or of its
+        trainer alone), steps, rounds in which it counted, tokens that the books hold of it, loss_last, heldout_loss_last, utilisation (share
         of time not waiting for rounds), state_hash after its last round.
     joined: members of the rounds that were not started here.
     rounds: settled ones; late: messages that counted a round later; refused: that never did.
@@ -121,7 +121,7 @@ def _replica(fleet: Fleet, name: str, run_dir: Path) -> Event:
     alone = summarise(run_dir / name) if of_kind(events, "run_start") else {}
     return {
         "state": told[-1]["what"] if told else None,
-        "restarts": sum(e["what"] == "restarted" for e in told),
+        "restarts": max(0, len(of_kind(events, "run_start")) - 1),
         "steps": len(of_kind(settle(events), "train_step")),
         "loss_last": alone.get("loss_last"),
         "heldout_loss_last": alone.get("heldout_loss_last"),

@@ -74,6 +74,7 @@ def write_replica(folder, fleet, index):
     if index:
         fleet.write("replica", {"replica": name, "what": "died", "reason": "it <was> killed"})
         fleet.write("replica", {"replica": name, "what": "restarted"})
+        log.write("run_start", {"name": "fleet", "seed": 1, "params": PARAMS})
     log.write("run_end", {"reason": "finished"})
     fleet.write("replica", {"replica": name, "what": "finished"})
 
