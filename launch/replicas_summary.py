@@ -71,8 +71,9 @@ def summarise_fleet(fleet: Fleet, run_dir: Path) -> Event:
     """summary.json's content. None means there was nothing to measure.
 
     replicas: of each its state (finished, lost, ended, ...), restarts (of its process, or of its
-        trainer alone), steps, rounds in which it counted, tokens that the books hold of it, loss_last, heldout_loss_last, utilisation (share
-        of time not waiting for rounds), state_hash after its last round.
+        trainer alone), steps, rounds in which it counted, tokens that the books hold of it,
+        loss_last, heldout_loss_last, utilisation (share of time not waiting for rounds),
+        state_hash after its last round.
     joined: members of the rounds that were not started here.
     rounds: settled ones; late: messages that counted a round later; refused: that never did.
     wire_bytes: of all messages that counted, as their frames lie in the store; without a store
