@@ -80,7 +80,7 @@ class RayHosts:
         """`ray start` on host i; returns once the cluster lists it. The head comes first."""
         host = self.hosts[i]
         words = ["ray", "start", "--block", "--disable-usage-stats", f"--num-cpus={self._cpus[i]}"]
-        words += [f"--node-ip-address={host.address}", f"--labels=host={i}"]
+        words += [f"--node-ip-address={host.address}", f"--labels=host=host-{i}"]
         if i == 0:
             words += ["--head", f"--port={PORT}", f"--dashboard-host={host.address}"]
         else:

@@ -81,7 +81,8 @@ def serve():
         with turn:
             return list(application(environ, start_response))
 
-    server = make_server("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=KeepAlive)
+    address, port = (sys.argv[1], int(sys.argv[2])) if sys.argv[1:] else ("127.0.0.1", 0)
+    server = make_server(address, port, one_at_a_time, threaded=True, request_handler=KeepAlive)
     print(server.server_port, flush=True)
     server.serve_forever()
 
