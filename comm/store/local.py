@@ -1,13 +1,15 @@
 """A local directory as a store.
 
 The one idea: bytes go to a temporary file beside the name and are fsynced; then a rename replaces,
-or a hard link creates and fails where the name is taken. No reader ever sees half a file.
+or a hard link creates and fails where the name is taken. No reader ever sees half a file. Who opens
+it to create it sweeps out what killed writers left.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 from gossamer.comm.store import checked_name
 
 TEMPORARY = ".tmp-"
+ABANDONED_S = 3600.0
+"""A temporary file of this age is that of a writer that was killed."""
 
 
 class LocalStore:
@@ -26,6 +30,8 @@ class LocalStore:
             self.root.mkdir(parents=True, exist_ok=True)
         if not self.root.is_dir():
             raise FileNotFoundError(f"store {self.root} is not a directory")
+        if create:
+            self._sweep()
 
     def put(self, name: str, data: bytes, overwrite: bool = False) -> bool:
         """See Store.put."""
@@ -67,6 +73,15 @@ class LocalStore:
     def delete(self, name: str) -> None:
         """See Store.delete."""
         self._path(name).unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Deletes what killed writers left."""
+        for temporary in self.root.rglob(f"{TEMPORARY}*"):
+            try:
+                if time.time() - temporary.stat().st_mtime > ABANDONED_S:
+                    temporary.unlink()
+            except FileNotFoundError:
+                pass  # its writer was only slow
 
     def _path(self, name: str) -> Path:
         return self.root / checked_name(name, str(self.root))
