@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,8 +41,10 @@ CPUS = [0, 2, 2]
 """The head's host runs driver, pool and replica; two ranks and two engines are on the others."""
 DISK = "400m"
 STEPS_PER_MINUTE = 60
+ENOUGH = 5
+"""New updates after which a thing that was broken is got over."""
 STALL_S = 240.0
-"""No update for so long after something was broken is a fault."""
+"""Without them for so long is a fault."""
 ACTORS = {"engine": 4, "rank": 4, "pool": 1, "replica": 1, "driver": 1}
 THINGS = {"actor": 10, "node": 2, "head": 1, "link": 3, "disk": 2}
 """What is broken, and how often in proportion."""
@@ -57,9 +60,19 @@ class Broken:
     by_operator: list[str]
     """What had to be done by hand."""
     next_step_s: float | None = None
-    """From the breaking to the next update."""
-    regained_s: float | None = None
-    """... to the first update that had not been made before."""
+    """From the breaking to the next update never made before; None: the run was over."""
+    pause_s: float = 0.0
+    """The longest time without any update, up to the fifth such one."""
+    made_again: int = 0
+    """Updates up to then that had been made before."""
+
+    def taken(self) -> str:
+        """A line of the report."""
+        if self.next_step_s is None:
+            return "the run was over"
+        told = f"next new update after {self.next_step_s:.1f} s, longest pause {self.pause_s:.1f} s"
+        told += f", {self.made_again} made again" if self.made_again else ""
+        return told + (f"; by hand: {', '.join(self.by_operator)}" if self.by_operator else "")
 
 
 class Operator:
@@ -249,21 +262,18 @@ def _break_until(operator: Operator, chaos: Chaos, for_s: float) -> tuple[list[B
     told: list[Broken] = []
     pauses = random.Random(len(THINGS))
     operator.broken = Broken(at_s=0.0, what="start", by_operator=[])
-    if not _wait_for_steps(operator, operator.broken, time.time(), -1):
-        return told, [f"no update within {STALL_S:g} s of the start"]
+    if not _get_over(operator, operator.broken, operator.start_s, 0):
+        return told, [f"no {ENOUGH} updates within {STALL_S:g} s of the start"]
     while time.time() - operator.start_s < for_s:
         if not _look_for(operator, pauses.uniform(1, 10)):
             break
-        since_s, last = time.time(), _last_step(operator)
+        since_s, last = time.time(), max(step for _, step in _updates(operator))
         broken = chaos.break_something()
         told.append(broken)
-        print(f"{broken.at_s:7.1f} s  {broken.what}", flush=True)
-        if not _wait_for_steps(operator, broken, since_s, last):
-            return told, [f"no update for {STALL_S:g} s after {broken.what}"]
-        hand = f"; by hand: {', '.join(broken.by_operator)}" if broken.by_operator else ""
-        took = "run over" if broken.next_step_s is None else f"next update {broken.next_step_s:.1f}"
-        again = "" if broken.regained_s is None else f", first new one {broken.regained_s:.1f}"
-        print(f"           {took}{again}{hand}", flush=True)
+        print(f"{broken.at_s:6.0f} s  {broken.what}", flush=True)
+        if not _get_over(operator, broken, since_s, last):
+            return told, [f"no {ENOUGH} new updates within {STALL_S:g} s after {broken.what}"]
+        print(f"          {broken.taken()}", flush=True)
     operator.broken = None
     while _look_for(operator, 10):
         if time.time() - operator.start_s > 3 * for_s + STALL_S:
@@ -282,31 +292,32 @@ def _look_for(operator: Operator, seconds: float) -> bool:
     return True
 
 
-def _last_step(operator: Operator) -> int:
-    return max((e["step"] for _, e in _steps(operator)), default=0)
+def _updates(operator: Operator) -> list[tuple[float, int]]:
+    """(unix time, step) of all that were ever made, in the order of time."""
+    if not (operator.run_dir / "metrics.jsonl").exists():
+        return []
+    found = [e for e in all_events(operator.run_dir) if e["event"] == "train_step"]
+    return sorted((event["time_s"], event["step"]) for event in found)
 
 
-def _steps(operator: Operator) -> Iterator[tuple[float, dict]]:
-    if (operator.run_dir / "metrics.jsonl").exists():
-        for event in all_events(operator.run_dir):
-            if event["event"] == "train_step":
-                yield event["time_s"], event
-
-
-def _wait_for_steps(operator: Operator, broken: Broken, since_s: float, last: int) -> bool:
-    """Until an update that had not been made before; False for a stall."""
+def _get_over(operator: Operator, broken: Broken, since_s: float, last: int) -> bool:
+    """Until the fifth update after `last`, the newest step by then; False for a stall."""
     deadline_s = time.time() + STALL_S
-    while broken.regained_s is None and not operator.is_finished():
+    while True:
+        updates = _updates(operator)
+        after = [(at_s, step) for at_s, step in updates if at_s > since_s]
+        is_over = operator.is_finished() or any(step >= last + ENOUGH for _, step in after)
+        if is_over:
+            break
         if time.time() > deadline_s:
             return False
         operator.look()
-        for at_s, event in _steps(operator):
-            if at_s > since_s and broken.next_step_s is None:
-                broken.next_step_s = round(at_s - since_s, 2)
-            if at_s > since_s and event["step"] > last:
-                broken.regained_s = round(at_s - since_s, 2)
-                break
         time.sleep(0.2)
+    first = next((at_s for at_s, step in after if step > last), None)
+    broken.next_step_s = None if first is None else round(first - since_s, 1)
+    times = [max((t for t, _ in updates if t <= since_s), default=since_s), *(t for t, _ in after)]
+    broken.pause_s = round(max((b - a for a, b in pairwise(times)), default=0.0), 1)
+    broken.made_again = sum(step <= last for _, step in after)
     return True
 
 
@@ -341,6 +352,7 @@ def main() -> int:
     if reason := unusable():
         print(f"chaos: {reason}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is mounted is to be unmounted
     with _folder(arguments.keep) as folder:
         report = run_chaos(folder, arguments.seed, arguments.minutes, arguments.steps)
     if arguments.json:
