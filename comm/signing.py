@@ -7,6 +7,7 @@ bucket, or sits on the way to it, can then hold versions back but not make one u
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -20,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 from gossamer.comm.manifest import LogError
+
+PUBLIC_KEY = re.compile(rb"-----BEGIN.*?-----END[^\n]*-----\n?", re.DOTALL)
 
 
 class SignatureError(LogError, ValueError):
@@ -47,35 +50,51 @@ class Signer:
         """64 bytes."""
         return self._key.sign(data)
 
+    def public_key(self) -> Ed25519PublicKey:
+        """By which others check what it signs."""
+        return self._key.public_key()
+
 
 class Verifier:
-    """Holds a public key."""
+    """Holds public keys: what any of them signed is believed."""
 
-    def __init__(self, key: Ed25519PublicKey, name: str) -> None:
-        self._key = key
+    def __init__(self, key: Ed25519PublicKey, name: str, *others: Ed25519PublicKey) -> None:
+        self._keys = key, *others
         self._name = name
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Verifier:
-        """The public key of a PEM file. Raises ValueError for another file."""
-        try:
-            key = load_pem_public_key(Path(path).read_bytes())
-        except (ValueError, UnsupportedAlgorithm):
-            key = None
-        if not isinstance(key, Ed25519PublicKey):
-            raise ValueError(f"{path}: expected an Ed25519 public key, PEM")
-        return cls(key, str(path))
+    def from_file(cls, path: str | Path, name: str | None = None) -> Verifier:
+        """The public keys of a PEM file, called `name`. Raises ValueError for another file."""
+        keys = []
+        for text in PUBLIC_KEY.findall(Path(path).read_bytes()) or [b""]:
+            try:
+                key = load_pem_public_key(text)
+            except (ValueError, UnsupportedAlgorithm):
+                key = None
+            if not isinstance(key, Ed25519PublicKey):
+                raise ValueError(f"{path}: expected an Ed25519 public key, PEM")
+            keys.append(key)
+        return cls(keys[0], name or str(path), *keys[1:])
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys, in hex."""
+        return {key.public_bytes_raw().hex() for key in self._keys}
 
     def check(self, data: bytes, signature: bytes | None, name: str) -> None:
-        """Raises SignatureError, naming the file `name`, unless the key signed `data`."""
+        """Raises SignatureError, naming the file `name`, unless one of the keys signed `data`."""
         if signature is None:
             raise SignatureError(f"{name} is not signed; expected a signature by {self._name}")
-        try:
-            self._key.verify(signature, data)
-        except InvalidSignature:
-            raise SignatureError(
-                f"{name} is forged: its signature is not by {self._name}"
-            ) from None
+        if not any(_is_by(key, signature, data) for key in self._keys):
+            raise SignatureError(f"{name} is forged: its signature is not by {self._name}")
+
+
+def _is_by(key: Ed25519PublicKey, signature: bytes, data: bytes) -> bool:
+    try:
+        key.verify(signature, data)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def write_keys(path: str | Path) -> Path:

@@ -100,9 +100,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     if train.checkpoint.url is not None and "://" not in train.checkpoint.url:
         root = str(Path(train.checkpoint.url).absolute())
         train = replace(train, checkpoint=replace(train.checkpoint, url=root))
-    if train.outer is not None and train.outer.url and "://" not in train.outer.url:
-        rounds = str(Path(train.outer.url).absolute())
-        train = replace(train, outer=replace(train.outer, url=rounds))
+    if (outer := train.outer) is not None:
+        if outer.url and "://" not in outer.url:
+            outer = replace(outer, url=str(Path(outer.url).absolute()))
+        if outer.signing_key_path is not None:
+            outer = replace(outer, signing_key_path=str(Path(outer.signing_key_path).absolute()))
+        if outer.public_keys_path is not None:
+            outer = replace(outer, public_keys_path=str(Path(outer.public_keys_path).absolute()))
+        train = replace(train, outer=outer)
     return replace(config, train=train)
 
 

@@ -16,7 +16,9 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from gossamer.comm.manifest import file_hash
 from gossamer.comm.outer.config import OuterConfig
+from gossamer.comm.outer.seal import Seal
 from gossamer.comm.store import Store, open_store
 from gossamer.launch.config import RunConfig
 from gossamer.launch.recipe import load_recipe
@@ -50,9 +52,9 @@ def prepare_member(config: RunConfig, run_dir: Path) -> None:
     """
     store = open_rounds(config, run_dir)
     if store is not None:
-        enlist(store, config)
         if store.size(RECIPE_FILE) is not None:
-            _take_prepared(store, run_dir)
+            _take_prepared(store, run_dir, Seal.of(config.train.outer))
+        enlist(store, config)
     prepare_run(config.train, run_dir, config.name)
     share_files(run_dir, *PREPARED)
     if store is not None:
@@ -60,18 +62,22 @@ def prepare_member(config: RunConfig, run_dir: Path) -> None:
 
 
 def leave_recipe(store: Store, config: RunConfig, run_dir: Path) -> None:
-    """Puts the recipe and what `prepare_run` made in `run_dir`, unless another did."""
+    """Puts the recipe and what `prepare_run` made in `run_dir`, unless another did; signed, where
+    the replicas sign."""
     if store.size(RECIPE_FILE) is not None:
         return
-    files = [name for name in PREPARED if (run_dir / name).is_file()]
-    for name in files:
-        store.put(f"recipe/{name}", (run_dir / name).read_bytes())
+    files = {name: (run_dir / name).read_bytes() for name in PREPARED if (run_dir / name).is_file()}
+    for name, data in files.items():
+        store.put(f"recipe/{name}", data)
     recipe = asdict(config)
     for own in ("cluster", "replicas", "fleet"):
         del recipe[own]
-    del recipe["train"]["outer"]["url"], recipe["train"]["checkpoint"]["url"]
-    text = json.dumps({"recipe": recipe, "files": files}, indent=1)
-    store.put(RECIPE_FILE, text.encode())
+    del recipe["train"]["checkpoint"]["url"]
+    for own in ("url", "signing_key_path", "public_keys_path"):
+        del recipe["train"]["outer"][own]
+    hashes = {name: file_hash(data) for name, data in files.items()}
+    entry = {"recipe": recipe, "files": list(files), "hashes": hashes}
+    store.put(RECIPE_FILE, Seal.of(config.train.outer).pack(entry, RECIPE_FILE))
 
 
 def enlist(store: Store, config: RunConfig) -> None:
@@ -98,19 +104,21 @@ def joining(log: str, overrides: list[str], name: str | None) -> tuple[RunConfig
     """The config of one more replica of the run that meets in `log`, its name, and if it returns.
 
     `name`: a member to take the place of; None: a new one, that reads a share of its own. Raises
-    FileNotFoundError where nobody left a recipe, ValueError where no share is left.
+    FileNotFoundError where nobody left a recipe, ValueError where no share is left, SignatureError
+    where the members sign and `overrides` name no key that they trust.
     """
     store = open_store(log)
     try:
-        recipe = json.loads(store.get(RECIPE_FILE))["recipe"]
+        left = store.get(RECIPE_FILE)
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{log} has no {RECIPE_FILE}; expected the rounds of a run that `gossamer train` began"
         ) from None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / RECIPE_FILE
-        path.write_text(json.dumps(recipe))
+        path.write_text(json.dumps(json.loads(left)["recipe"]))
         config = load_recipe(str(path), overrides)  # before a share is taken
+        Seal.of(config.train.outer).unpack_first(left, RECIPE_FILE)
         share = next((at for at, reader in readers(store).items() if reader == name), None)
         returns = share is not None
         own = [f"train.outer.url={json.dumps(log)}"]
@@ -142,11 +150,17 @@ def _take_share(store: Store, share: int, name: str) -> bool:
     return store.put(f"members/{share:05d}.json", json.dumps({"replica": name}).encode())
 
 
-def _take_prepared(store: Store, run_dir: Path) -> None:
+def _take_prepared(store: Store, run_dir: Path, seal: Seal) -> None:
     """What the first replica prepared, into `run_dir`."""
-    for name in json.loads(store.get(RECIPE_FILE))["files"]:
+    entry = seal.unpack_first(store.get(RECIPE_FILE), RECIPE_FILE)
+    for name in entry["files"]:
         path = run_dir / Path(name).name
         if not path.exists():
+            data = store.get(f"recipe/{name}")
+            if seal.verifier is not None and file_hash(data) != entry["hashes"].get(name):
+                raise ValueError(
+                    f"recipe/{name} is not the file that {RECIPE_FILE} was signed with"
+                )
             temporary = path.with_name(f".{path.name}")
-            temporary.write_bytes(store.get(f"recipe/{name}"))
+            temporary.write_bytes(data)
             temporary.replace(path)

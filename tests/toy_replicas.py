@@ -11,6 +11,7 @@ from gossamer.comm.outer.config import OuterConfig, SparseLocoConfig
 from gossamer.comm.outer.exchange import Identity
 from gossamer.comm.outer.replica import Replica, shapes_of
 from gossamer.comm.outer.round_log import LogExchange
+from gossamer.comm.outer.seal import NO_SEAL
 from gossamer.comm.store import open_store
 
 SHAPES = {
@@ -53,13 +54,14 @@ def run_round(replica, tokens_before):
     return settled
 
 
-def open_replica(folder, config, takeover=False, rows=None):
+def open_replica(folder, config, takeover=False, rows=None, seal=NO_SEAL):
     """A replica that joins the log in `folder`, or comes back to it from the newest anchor."""
     store = open_store(folder, create=True)
-    identity = join(store, config, "toy", takeover)
+    identity = join(store, config, "toy", takeover, seal)
     rows = rows or initial_rows()
-    exchange = LogExchange(store, config, identity, shapes_of(rows))
-    replica = Replica(config, exchange, rows, Anchors(store, identity, shapes_of(rows)))
+    exchange = LogExchange(store, config, identity, shapes_of(rows), seal)
+    anchors = Anchors(store, identity, shapes_of(rows), seal)
+    replica = Replica(config, exchange, rows, anchors)
     replica.catch_up()
     return replica
 

@@ -22,6 +22,7 @@ from gossamer.comm.outer.exchange import Exchange, Identity, Settled
 from gossamer.comm.outer.message import Message
 from gossamer.comm.outer.record import Shapes
 from gossamer.comm.outer.round_log import LogExchange
+from gossamer.comm.outer.seal import Seal
 from gossamer.comm.store import Store, open_store
 from gossamer.parallel.dims import ParallelDims
 from gossamer.trainer.data.config import DataConfig
@@ -100,7 +101,8 @@ def open_link(
     """Meets the others: claims the replica's name in the log, or joins the group.
 
     `shapes` are those of all tensors, `number` is the round that a group begins with. A collective
-    call. Raises StaleWriterError where the name is another's, LogError for another run's log.
+    call. Raises StaleWriterError where the name is another's, LogError for another run's log, or
+    one whose members trust other keys.
     """
     if config.exchange == "collective":
         identity = Identity(
@@ -110,11 +112,11 @@ def open_link(
         collective = CollectiveExchange(group, identity, shapes, number)
         return Link(TimedExchange(collective), collective)
     url = config.url or inside(place.run_dir, ROUNDS_FOLDER)
-    store = MeteredStore(open_store(url, create=True))
+    store, seal = MeteredStore(open_store(url, create=True)), Seal.of(config)
     incarnation = torch.zeros(1, dtype=torch.int64)
     if dims.rank == 0:
         takeover = place.attempt > 1 or place.resume_from is not None
-        incarnation += join(store, config, place.name, takeover).incarnation
+        incarnation += join(store, config, place.name, takeover, seal).incarnation
     dist.broadcast(incarnation, src=0)
     identity = Identity(
         run_id=place.name,
@@ -123,8 +125,8 @@ def open_link(
         num_ranks=dims.world_size,
         incarnation=int(incarnation),
     )
-    log = LogExchange(store, config, identity, shapes)
-    anchors = Anchors(store, identity, shapes)
+    log = LogExchange(store, config, identity, shapes, seal)
+    anchors = Anchors(store, identity, shapes, seal)
     return Link(TimedExchange(log), store, anchors, Course(log, anchors, store))
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gossamer.comm.log import WeightLog
+from gossamer.comm.outer.seal import Seal
 from gossamer.comm.signing import Signer
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.corpus import first_chars, read_documents
@@ -44,11 +45,14 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
     """
     for source in config.data.sources:
         build_reader(source)  # rather now than on a rank
-    key = config.log.signing_key_path
-    if key is not None and not Path(key).is_file():
-        raise ValueError(f"log.signing_key_path: {key} is missing; `gossamer log keygen` makes one")
-    if key is not None:
+    if (key := config.log.signing_key_path) is not None:
+        _check_key(key, "log.signing_key_path")
         Signer.from_file(key)
+    if config.outer is not None:
+        for field in ("signing_key_path", "public_keys_path"):
+            if (path := getattr(config.outer, field)) is not None:
+                _check_key(path, f"outer.{field}")
+        Seal.of(config.outer)
     run_dir.mkdir(parents=True, exist_ok=True)
     WeightLog.open(inside(run_dir, LOG_FOLDER), run_id=name, create=True)
     texts: list[str] = []
@@ -63,6 +67,11 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
     _prepare_tokenizer(config, run_dir, texts)
     if config.task is not None:
         check_lengths(config, load_problems(run_dir), load_run_tokenizer(run_dir))
+
+
+def _check_key(path: str, field: str) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"{field}: {path} is missing; `gossamer log keygen` makes one")
 
 
 def check_lengths(config: TrainConfig, problems: TaskProblems, tokenizer: Tokenizer) -> None:

@@ -7,13 +7,11 @@ put first; the file that lists them makes them one.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict
 from threading import Thread
-from typing import TYPE_CHECKING
 
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.manifest import LogError, PartRef
@@ -23,12 +21,10 @@ from gossamer.comm.outer.mean import first_of, meet
 from gossamer.comm.outer.message import Message, Sent, pack_message, send_dense, unpack_message
 from gossamer.comm.outer.record import ANCHOR, Shapes, anchor_name, groups, left_name, read_parts
 from gossamer.comm.outer.retention import sweep
+from gossamer.comm.outer.seal import NO_SEAL, Seal
 from gossamer.comm.run import WireError
 from gossamer.comm.store import Store
 from gossamer.comm.wire import frame_digest
-
-if TYPE_CHECKING:
-    from gossamer.comm.signing import Verifier
 
 LOG = logging.getLogger(__name__)
 
@@ -45,14 +41,12 @@ class Anchors:
         store: Store,
         identity: Identity,
         shapes: Shapes,
-        sign: Callable[[bytes], bytes] | None = None,
-        verifier: Verifier | None = None,
+        seal: Seal = NO_SEAL,
     ) -> None:
         self._store = store
         self._me = identity
         self._shapes = shapes
-        self._sign = sign
-        self._verifier = verifier
+        self._seal = seal
         self._seen: set[str] = set()
 
     def newest(self) -> int | None:
@@ -119,7 +113,7 @@ class Anchors:
 
     def _put(self, whole: str, names: list[str], message: Message) -> None:
         """Writes this rank's part; the file `whole` exists when this returns."""
-        self._store.put(names[self._me.rank], pack_message(message, self._sign))
+        self._store.put(names[self._me.rank], pack_message(message, self._seal.sign))
         deadline_s = time.monotonic() + PART_TIMEOUT_S
         while self._store.size(whole) is None:
             missing = [name for name in names if self._store.size(name) is None]
@@ -129,7 +123,7 @@ class Anchors:
                     asdict(PartRef(name, len(frame), frame_digest(frame)))
                     for name, frame in zip(names, frames, strict=True)
                 ]
-                self._store.put(whole, json.dumps({"parts": parts}, indent=1).encode())
+                self._store.put(whole, self._seal.pack({"parts": parts}, whole))
             elif time.monotonic() > deadline_s:
                 raise TimeoutError(f"{whole} did not come within {PART_TIMEOUT_S:g} s")
             else:
@@ -137,16 +131,18 @@ class Anchors:
 
     def _read(self, whole: str) -> dict[str, list[Sent]]:
         try:
-            parts = read_parts(json.loads(self._store.get(whole))["parts"])
+            parts = read_parts(self._seal.unpack(self._store.get(whole), whole)["parts"])
             frames = [self._store.get(part.name) for part in parts]
         except FileNotFoundError as error:
             raise LogError(f"{whole} cannot be read: {error}") from error
+        except LogError:
+            raise
         except (ValueError, TypeError, KeyError) as error:
             raise LogError(f"{whole} does not list its parts: {error}") from error
         pieces: dict[str, list[Sent]] = {}
         for part, frame in zip(parts, frames, strict=True):
             try:
-                message = unpack_message(frame, self._shapes, self._verifier)
+                message = unpack_message(frame, self._shapes, self._seal.verifier)
             except WireError as error:
                 raise LogError(f"{part.name} is {error}") from error
             if frame_digest(frame) != part.hash or message.run_id != self._me.run_id:

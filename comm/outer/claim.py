@@ -15,12 +15,17 @@ from gossamer.comm.manifest import LogError
 from gossamer.comm.outer.config import OuterConfig
 from gossamer.comm.outer.exchange import Identity
 from gossamer.comm.outer.record import CLAIM, LEFT, groups
+from gossamer.comm.outer.seal import NO_SEAL, Seal
+from gossamer.comm.signing import SignatureError
 from gossamer.comm.store import Store
 
+AGREED_FILE = "outer.json"
 # what replicas need not agree on
 LOCAL = (
     "replica",
     "url",
+    "signing_key_path",
+    "public_keys_path",
     "exchange",
     "absence",
     "expected_replicas",
@@ -30,17 +35,29 @@ LOCAL = (
 )
 
 
-def join(store: Store, config: OuterConfig, run_id: str, takeover: bool = False) -> Identity:
+def join(
+    store: Store,
+    config: OuterConfig,
+    run_id: str,
+    takeover: bool = False,
+    seal: Seal = NO_SEAL,
+) -> Identity:
     """Claims the name `config.replica`: rank 0 of a replica does, and tells its other ranks.
 
     With `takeover` the caller takes the place of a replica of that name that was, or still is,
     there. Raises StaleWriterError without it, LogError where the log is of another run or its
-    replicas agreed on other constants.
+    replicas agreed on other constants, SignatureError where they trust other keys.
     """
     agreed = {name: value for name, value in asdict(config).items() if name not in LOCAL}
-    text = json.dumps({"run_id": run_id, "agreed": agreed}, sort_keys=True, indent=1)
-    if not store.put("outer.json", text.encode()):
-        _check_agreed(json.loads(store.get("outer.json")), json.loads(text))
+    ours = {"run_id": run_id, "agreed": agreed}
+    if seal.keys:
+        ours["keys"] = sorted(seal.keys)
+    text = seal.pack(ours, AGREED_FILE)
+    if not store.put(AGREED_FILE, text):
+        theirs = seal.unpack_first(store.get(AGREED_FILE), AGREED_FILE)
+        _check_agreed(theirs, json.loads(text))
+        if seal.keys > _checked_keys(theirs, seal):  # this one was told of more
+            store.put(AGREED_FILE, text, overwrite=True)
     incarnation = newest_claims(store).get(config.replica, 0) + 1
     claim = json.dumps({"claimed_s": time.time()}).encode()
     while incarnation == 1 or takeover:
@@ -50,6 +67,17 @@ def join(store: Store, config: OuterConfig, run_id: str, takeover: bool = False)
     raise StaleWriterError(
         f"replica {config.replica} exists: choose another name, or take it over (takeover=True)"
     )
+
+
+def _checked_keys(theirs: dict, seal: Seal) -> set[str]:
+    """The keys that the members trust. Raises SignatureError where this one's is not among them."""
+    keys = set(theirs.get("keys", []))
+    if seal.own_key is not None and seal.own_key not in keys:
+        raise SignatureError(
+            f"{AGREED_FILE} does not name this replica's key; expected its public key in the"
+            " outer.public_keys_path of a member, and that one started again"
+        )
+    return keys
 
 
 def newest_claims(store: Store) -> dict[str, int]:

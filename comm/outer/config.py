@@ -112,6 +112,11 @@ class OuterConfig:
     url: str | None = None
     """Where rounds are kept: a folder, s3://, gs://, az:// or http://; None is RUN_DIR/rounds. With
     `collective` where replicas meet: tcp://HOST:PORT of the first, or a folder that all share."""
+    signing_key_path: str | None = None
+    """File of this replica's Ed25519 private key (`gossamer log keygen`): what it writes is signed,
+    and what the members did not sign is refused. None signs nothing and believes everybody."""
+    public_keys_path: str | None = None
+    """File of the public keys of all members (cat *.pub); None: all have the same private key."""
     replica: str = "replica-0"
     """This replica's name: letters, digits, `_` and `-`. One that returns keeps its name."""
     expected_replicas: int = 1
@@ -155,6 +160,13 @@ class OuterConfig:
             _expect(getattr(self, name) >= 0, f"{name} must be 0 or more", getattr(self, name))
         well_named = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.replica) is not None
         _expect(well_named, "replica must be letters, digits, _ and -", self.replica)
+        if self.exchange == "collective":
+            keyless = self.signing_key_path is None
+            expected = "signing_key_path must be null with exchange collective, which signs nothing"
+            _expect(keyless, expected, self.signing_key_path)
+        if self.signing_key_path is None:
+            expected = "public_keys_path needs a signing_key_path"
+            _expect(self.public_keys_path is None, expected, self.public_keys_path)
         if self.rule == "dgc":
             _expect(self.inner_steps == 1, "inner_steps must be 1 with rule dgc", self.inner_steps)
             fixed = self.exchange == "collective"

@@ -17,12 +17,12 @@ the books on: how far each replica's stream of tokens was counted.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from gossamer.comm.manifest import LogError, PartRef
+from gossamer.comm.outer.seal import NO_SEAL, Seal
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of all tensors, by name."""
@@ -98,15 +98,16 @@ def groups(name: str, pattern: str) -> tuple[str, ...] | None:
     return match.groups() if match else None
 
 
-def pack_record(record: Record) -> bytes:
+def pack_record(record: Record, seal: Seal = NO_SEAL) -> bytes:
     """The file's bytes."""
-    return json.dumps(asdict(record), sort_keys=True, indent=1).encode()
+    return seal.pack(asdict(record), record_name(record.round))
 
 
-def unpack_record(data: bytes, name: str) -> Record:
-    """Reads the file `name`. Raises LogError."""
+def unpack_record(data: bytes, name: str, seal: Seal = NO_SEAL) -> Record:
+    """Reads the file `name`. Raises LogError; SignatureError where `seal` has keys, none of which
+    signed it."""
     try:
-        entry = json.loads(data)
+        entry = seal.unpack(data, name)
         counted = [
             Counted(**each | {"parts": read_parts(each["parts"])}) for each in entry["counted"]
         ]
@@ -115,6 +116,8 @@ def unpack_record(data: bytes, name: str) -> Record:
         for each in counted:
             _check_types(each)
         return record
+    except LogError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise LogError(f"{name} is not a record of a round: {error}") from error
 

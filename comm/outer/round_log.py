@@ -8,8 +8,6 @@ read the same messages back.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from gossamer.comm.log import StaleWriterError
 from gossamer.comm.manifest import LogError, file_hash
@@ -28,18 +26,16 @@ from gossamer.comm.outer.record import (
     record_name,
     unpack_record,
 )
+from gossamer.comm.outer.seal import NO_SEAL, Seal
 from gossamer.comm.outer.verdict import Offer, Verdict, judge
 from gossamer.comm.store import Store
-
-if TYPE_CHECKING:
-    from gossamer.comm.signing import Verifier
 
 
 class LogExchange:
     """One rank's end of the log of rounds in `store`; `identity` is what `claim.join` returned.
 
-    `shapes` are those of all tensors, by name. Messages are signed by `sign`, and those that a
-    `verifier` does not know are refused.
+    `shapes` are those of all tensors, by name. What it writes is signed by `seal`; a message that
+    the members did not sign is refused, and a record that they did not sign is an error.
     """
 
     def __init__(
@@ -48,14 +44,13 @@ class LogExchange:
         config: OuterConfig,
         identity: Identity,
         shapes: Shapes,
-        sign: Callable[[bytes], bytes] | None = None,
-        verifier: Verifier | None = None,
+        seal: Seal = NO_SEAL,
     ) -> None:
         self.identity = identity
         self._store = store
         self._config = config
-        self._sign = sign
-        self._inbox = Inbox(store, identity.run_id, shapes, verifier)
+        self._seal = seal
+        self._inbox = Inbox(store, identity.run_id, shapes, seal.verifier)
         self._next = 0
         # with the hash of the file
         self._records: dict[int, tuple[Record, str]] = {}
@@ -74,7 +69,7 @@ class LogExchange:
         if newest_claims(self._store).get(me.replica, me.incarnation) != me.incarnation:
             raise StaleWriterError(f"replica {me.replica} was taken over by a newer process")
         name = message_name(message.round, me.replica, me.incarnation, me.rank, me.num_ranks)
-        frame = pack_message(message, self._sign)
+        frame = pack_message(message, self._seal.sign)
         if not self._store.put(name, frame) and self._store.get(name) != frame:
             raise StaleWriterError(f"{name} exists with other bytes: two processes use one claim")
 
@@ -110,7 +105,7 @@ class LogExchange:
                 data = self._store.get(name)
             except FileNotFoundError as error:
                 raise LogError(f"round {number} is not settled: {error}") from error
-            record = unpack_record(data, name)
+            record = unpack_record(data, name, self._seal)
             if (record.run_id, record.round) != (self.identity.run_id, number):
                 raise LogError(f"{name} is of run {record.run_id}, round {record.round}")
             last = self._records.get(number - 1)
@@ -170,7 +165,7 @@ class LogExchange:
             written_by=self.identity.replica,
             created_s=time.time(),
         )
-        self._store.put(record_name(number), pack_record(record))
+        self._store.put(record_name(number), pack_record(record, self._seal))
 
     def _settled(self, record: Record) -> Settled:
         messages = [[self._inbox.counted(ref) for ref in each.parts] for each in record.counted]
