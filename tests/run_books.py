@@ -21,6 +21,8 @@ from tiny_run import events
 
 SAME = ("phase", "loss", "grad_norm", "reward_mean", "samples_learned")
 """Of a step, whoever made it."""
+NEW = ("start", "replaced")
+"""What an engine is said to do when it is another process."""
 
 
 def all_events(run_dir: Path) -> list[dict]:
@@ -89,11 +91,15 @@ def faults_of_versions(run_dir: Path) -> list[str]:
         found.append(f"writer epochs go back: {epochs}")
     commits: dict[str, list[int]] = {}
     for event in all_events(run_dir):
-        if event["event"] == "engine" and event["what"] == "commit":
-            commits.setdefault(event["engine"], []).append(event["version"])
-    for engine, versions in commits.items():
-        if any(b <= a for a, b in zip(versions, versions[1:], strict=False)):
-            found.append(f"{engine} committed versions {versions}")
+        if event["event"] != "engine":
+            continue
+        earlier = commits.setdefault(event["engine"], [])
+        if event["what"] in NEW:
+            earlier.clear()
+        elif event["what"] == "commit":
+            if earlier and event["version"] <= earlier[-1]:
+                found.append(f"{event['engine']} went from {earlier[-1]} to {event['version']}")
+            earlier.append(event["version"])
     last = [e for e in events(run_dir, "audit") if e["version"] == len(manifests) - 1]
     if not last or not all(event["equal"] for event in last):
         found.append(f"engines do not equal the trainer at the end: {last}")
