@@ -21,8 +21,8 @@ from tiny_run import events
 
 SAME = ("phase", "loss", "grad_norm", "reward_mean", "samples_learned")
 """Of a step, whoever made it."""
-NEW = ("start", "replaced")
-"""What an engine is said to do when it is another process."""
+NEW = ("start", "replaced", "reseeded")
+"""What an engine is said to do when it begins anew."""
 
 
 def all_events(run_dir: Path) -> list[dict]:
