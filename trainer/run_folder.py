@@ -110,14 +110,6 @@ def put_beside(run_dir: Path, name: str) -> str:
     return inside(run_dir, name)
 
 
-def read_beside(run_dir: Path, name: str) -> bytes | None:
-    """What `put_beside` put last, by any host; None where it never did."""
-    try:
-        return open_store(where_of(run_dir)).get(name)
-    except FileNotFoundError:
-        return None
-
-
 def delete_run(run_dir: Path) -> None:
     """Deletes a run at a URL, its checkpoints apart; config.json last, so it may be done again.
 
