@@ -84,9 +84,9 @@ class PoolPlace:
                 self._live()
         except BaseException as error:
             self._queue.fail(f"{self.name} failed: {error}")
+        self._room.close()
         if self.state is State.STOPPED:
             self._tell("left")
-        self._room.close()
 
     def _live(self) -> None:
         """One engine, from the wait for room to its end."""

@@ -14,13 +14,16 @@ from gossamer.comm.live import CommitStats
 from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.rollout import Request, Sample
-from gossamer.launch.config import RecoveryConfig, RolloutConfig
+from gossamer.launch.config import PoolConfig, RecoveryConfig, RolloutConfig
+from gossamer.launch.engines_cli import places_seen
+from gossamer.launch.pool_wishes import Wish, write_wishes
 from gossamer.launch.rollout_pool import RolloutPool
+from gossamer.launch.summary import read_events
 from tiny_run import events
 
 TESTS = Path(__file__).parent
 MODEL = {"pad_token_id": 0, "eos_token_id": 1}
-ENDED = {"token_ids": (1,), "logprobs": (0.0,), "spans": (), "finished": True}
+ENDED = {"logprobs": (0.0,), "spans": (), "finished": True}
 
 
 class FailingEngine:
@@ -39,14 +42,13 @@ class FailingEngine:
                 os.kill(os.getpid(), signal.SIGKILL)
             if number == 3:
                 raise FloatingPointError("logits are not finite")
-        return [
-            Sample(
-                request_id=r.request_id, token_ids=(1,), logprobs=(0.0,), spans=(), finished=True
-            )
-            for r in requests
-        ]
+        where = os.getpid(), int(os.environ.get("CUDA_VISIBLE_DEVICES") or -1)
+        return [Sample(**ENDED, request_id=r.request_id, token_ids=where) for r in requests]
 
-    def stage(self, version: int) -> None: ...
+    def stage(self, version: int) -> None:
+        self._version = version
+        while version > 0 and Path(self._log.url, "slow").exists():
+            time.sleep(0.05)
 
     def commit(self) -> CommitStats:
         return CommitStats(version=0, pause_s=0.0, num_changed=0)
@@ -54,7 +56,7 @@ class FailingEngine:
     def audit(self) -> str:
         if self._die_in_audit:
             os.kill(os.getpid(), signal.SIGKILL)
-        return "hash"
+        return self._log.manifest(self._version).state_hash
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,8 @@ def cluster():
     ray.init(
         address="local",
         num_cpus=2,
+        num_gpus=1,
+        labels={"zone": "a"},
         include_dashboard=False,
         log_to_driver=False,
         runtime_env={"env_vars": {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}},
@@ -72,18 +76,31 @@ def cluster():
 
 
 @pytest.fixture
-def build_pool(cluster, tmp_path):
+def publish(tmp_path):
     log = WeightLog.open(tmp_path / "log", create=True)
-    rows = [Rows("a", (4,), 0, torch.zeros(4, dtype=torch.bfloat16))]
-    Publisher(log, 0, 1, log.claim_epoch(), LogConfig()).publish(rows, 0)
+    publisher = Publisher(log, 0, 1, log.claim_epoch(), LogConfig())
 
+    def publish(step: int) -> None:
+        rows = [Rows("a", (4,), 0, torch.full((4,), float(step), dtype=torch.bfloat16))]
+        publisher.publish(rows, step)
+
+    publish(0)
+    return publish
+
+
+@pytest.fixture
+def build_pool(cluster, publish, tmp_path):
     def build(engines: int, max_failures: int = 5, options=None, **model) -> RolloutPool:
         told = {"engine": "test_rollout_pool:FailingEngine", "engines": engines, "num_cpus": 0}
         rollout = RolloutConfig(**{**told, **(options or {})})
         recovery = RecoveryConfig(max_failures=max_failures, pause_s=0.1)
-        return RolloutPool(str(tmp_path), rollout, recovery, {**MODEL, **model})
+        built.append(RolloutPool(str(tmp_path), rollout, recovery, {**MODEL, **model}))
+        return built[-1]
 
-    return build
+    built: list[RolloutPool] = []
+    yield build
+    for pool in built:  # gives its places back
+        pool._queue.fail("the test is over")
 
 
 def requests(*numbers: int) -> list[Request]:
@@ -163,3 +180,60 @@ def test_an_audit_of_engines_that_always_die_ends(build_pool):
     with pytest.raises(RuntimeError, match="no engine is left"):
         build_pool(1, 1, mortal=True).audit(0)
     assert time.monotonic() - start_s < 120
+
+
+def wait_until(holds) -> None:
+    deadline_s = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def told(run_dir, what: str) -> list[dict]:
+    return [event for event in events(run_dir, "engine") if event["what"] == what]
+
+
+def test_pools_share_a_gpu_wait_for_what_is_not_there_grow_and_shrink(build_pool, tmp_path):
+    pools = (
+        PoolConfig(name="gpu", engines=2, num_gpus=0.5, labels={"zone": "a"}),
+        PoolConfig(name="far", engines=1, num_cpus=0.5, labels={"zone": "b"}),
+    )
+    pool = build_pool(1, options={"pools": pools})
+    wait_until(lambda: len(told(tmp_path, "ready")) == 2 and told(tmp_path, "waits"))
+    (waits,) = told(tmp_path, "waits")
+    assert waits["engine"] == "far-0"
+    assert waits["waits_for"] == "0.5 CPUs on a node with zone=b"
+    pool.submit("0", [requests(n) for n in range(10, 30)], 0)
+    assert {sample.token_ids[1] for sample in pool.collect("0")} == {0}  # the only GPU
+    write_wishes(tmp_path, {"gpu": Wish(engines=3), "far": Wish(engines=0)})
+    wait_until(lambda: len(told(tmp_path, "waits")) == 2 and told(tmp_path, "left"))
+    assert told(tmp_path, "waits")[1]["waits_for"] == "0.5 GPUs on a node with zone=a"
+    assert told(tmp_path, "left")[0]["engine"] == "far-0"
+    (tmp_path / "log" / "died-2").touch()
+    pool.submit("1", [requests(10), requests(11)], 0)
+    assert len(pool.collect("1")) == 2
+    write_wishes(tmp_path, {"gpu": Wish(engines=1), "far": Wish(engines=0)})
+    wait_until(lambda: len(told(tmp_path, "left")) == 3)
+    assert [seen.engine for seen in places_seen(read_events(tmp_path))] == ["gpu-0"]
+    assert sorted(pool.audit(0)) == ["gpu-0"]
+    # what was given back is there for others
+    wait_until(lambda: ray.available_resources().get("GPU") == 0.5)
+
+
+@pytest.mark.slow
+def test_an_engine_that_falls_behind_is_drained_and_another_one_takes_its_unit(
+    build_pool, publish, tmp_path
+):
+    pool = build_pool(1, options={"max_behind": 1})
+    wait_until(lambda: told(tmp_path, "ready"))
+    (tmp_path / "log" / "slow").touch()
+    for step in range(1, 4):
+        publish(step)
+    pool.submit("0", [requests(10)], 3)
+    wait_until(lambda: told(tmp_path, "drained"))
+    (tmp_path / "log" / "slow").unlink()
+    pool.collect("0")
+    (drained,), (anew,) = told(tmp_path, "drained"), told(tmp_path, "reseeded")
+    assert drained["reason"] == "3 versions behind, rollout.max_behind is 1"
+    assert (drained["engine"], anew["engine"]) == ("engine-0", "engine-1")
+    assert told(tmp_path, "dead") == []
