@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=f"{what}, as a recipe says")
         _add_recipe(command)
         command.add_argument(
-            "--run-dir", metavar="RUN", help="a folder or s3://, ...; default: runs/NAME"
+            "--run-dir", metavar="RUN_DIR", help="a folder or s3://, ...; default: runs/NAME"
         )
         command.add_argument("--overwrite", action="store_true", help="delete an earlier run there")
         command.set_defaults(run=_start, command=name)
@@ -72,11 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         "log", metavar="LOG", help="where the replicas meet: RUN_DIR/rounds, s3://"
     )
     command.add_argument("overrides", nargs="*", metavar="a.b=c", help="what differs from theirs")
-    command.add_argument("--run-dir", metavar="RUN", help="default: runs/NAME-REPLICA")
+    command.add_argument("--run-dir", metavar="RUN_DIR", help="default: runs/NAME-REPLICA")
     command.add_argument("--name", help="of a replica to take the place of; default: a new one")
     command.set_defaults(run=_join)
     command = commands.add_parser("resume", help="go on with a run that was stopped or killed")
-    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="its folder, or s3://, ...")
     command.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help=f"where it runs: {', '.join(PLACES)}"
     )
@@ -88,10 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_validate)
     command = commands.add_parser("report", help="write summary.json and report.html of a run")
-    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="its folder, or s3://, ...")
     command.set_defaults(run=_report)
     command = commands.add_parser("export", help="write a checkpoint as a HF folder")
-    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="its folder, or s3://, ...")
     command.add_argument("out", type=Path)
     command.add_argument("--step", type=int, metavar="N", help="default: the newest whole one")
     command.set_defaults(run=_export)

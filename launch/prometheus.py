@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 def add_metrics_command(command: argparse.ArgumentParser) -> None:
     """Options of `gossamer metrics`; nothing heavy is imported."""
-    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="its folder, or s3://, ...")
     command.add_argument(
         "--host", default="127.0.0.1", help=f"others than this machine need ${TOKEN_VARIABLE}"
     )

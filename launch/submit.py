@@ -45,7 +45,7 @@ def add_submit_commands(commands: Any) -> None:  # noqa: ANN401, argparse has no
     submit.add_argument("overrides", nargs="*", metavar="a.b=c", help="train.seed=2, and so on")
     submit.add_argument(
         "--run-dir",
-        metavar="RUN",
+        metavar="RUN_DIR",
         help="a folder that every node of the cluster sees, or s3://, ... that it reaches;"
         " default: ~/gossamer/runs/NAME there",
     )

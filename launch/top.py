@@ -193,7 +193,7 @@ class FleetTop:
 
 def add_top_command(command: argparse.ArgumentParser) -> None:
     """Options of `gossamer top`; nothing heavy is imported."""
-    command.add_argument("run_dir", metavar="RUN", help="its folder, or s3://, ...")
+    command.add_argument("run_dir", metavar="RUN_DIR", help="its folder, or s3://, ...")
     command.add_argument("--once", action="store_true", help="print how it stands, and end")
     command.set_defaults(run=run_top)
 

@@ -28,7 +28,7 @@ from gossamer.comm.store import open_store
 LOG = logging.getLogger(__name__)
 
 FOLDER = "metrics/"
-SEGMENT_BYTES = 16384
+SEGMENT_BYTES = 8192
 """Small: what is put again with each new line. Large: files that a late reader fetches."""
 EVERY_S = 1.0
 IDLE_S, IDLE_LOOK_S = 60.0, 15.0
