@@ -4,7 +4,8 @@ import json
 
 import pytest
 from gossamer.comm.log import WeightLog
-from gossamer.comm.store import open_store
+from gossamer.comm.store import StoreError, open_store
+from gossamer.trainer.event_store import StoreTail
 from gossamer.trainer.metrics import EventLog, has_events
 from gossamer.trainer.run_folder import (
     CACHE_VARIABLE,
@@ -18,6 +19,7 @@ from gossamer.trainer.run_folder import (
     url_of,
     where_of,
 )
+from s3_server import S3Server, s3_environment
 
 
 @pytest.fixture
@@ -129,6 +131,32 @@ def test_events_of_a_run_at_a_url_are_in_its_store(url, host):
     (name,) = store.list("metrics/")
     (segment,) = store.list(name.removesuffix(".json") + "/")
     assert json.loads(store.get(segment))["name"] == "demo"
+
+
+def test_a_run_lives_and_is_deleted_in_a_bucket(host):
+    server = S3Server()
+    server.put("bucket")
+    with s3_environment(server.port):
+        host("a")
+        begin("s3://bucket/runs/demo", tokenizer="words")
+        begin("s3://bucket/runs/other", tokenizer="others")
+        here = open_run("s3://bucket/runs/demo")
+        events = EventLog(here)
+        for number in range(3):
+            events.write("train_step", {"step": number})
+            events.flush()
+        host("b")
+        there = open_run("s3://bucket/runs/demo/")
+        assert there != here and (there / "tokenizer.json").read_text() == "words"
+        lines = StoreTail(where_of(there)).read()
+        assert [json.loads(line)["step"] for line in lines] == [0, 1, 2]
+        assert not claim(there)
+        delete_run(there)
+        assert not has_begun(here) and not has_events(here)
+        assert has_begun(open_run("s3://bucket/runs/other"))
+        with pytest.raises(StoreError, match="there is no such bucket"):
+            begin("s3://nowhere/demo")
+    server.close()
 
 
 @pytest.mark.parametrize("where", ["ftp://host/run", "ray://run", "s3://"])
