@@ -43,6 +43,8 @@ DISK = "400m"
 STEPS_PER_MINUTE = 60
 ENOUGH = 5
 """New updates after which a thing that was broken is got over."""
+DRIVER_S = 90.0
+"""What Ray may take to start the driver of a job."""
 STALL_S = 240.0
 """Without them for so long is a fault."""
 ACTORS = {"engine": 4, "rank": 4, "pool": 1, "replica": 1, "driver": 1}
@@ -90,7 +92,7 @@ class Operator:
     def _send(self, *words: object) -> None:
         sent = self.cluster.call(0, "gossamer", "submit", *words, "--detach")
         assert not sent.returncode, sent.stdout + sent.stderr
-        self._sent_s = time.monotonic()
+        self._sent_s, self._is_there = time.monotonic(), False
 
     def pid(self, role: str) -> int | None:
         """Of a process of the run that lives."""
@@ -122,8 +124,10 @@ class Operator:
                 self.cluster.kill(i)
                 self.cluster.start(i)
                 self._note(f"ray start on host {i}")
-        is_young = time.monotonic() - self._sent_s < 20
-        if self.pid("driver") is None and not is_young and not self.is_finished():
+        is_there = self.pid("driver") is not None
+        self._is_there |= is_there
+        is_due = self._is_there or time.monotonic() - self._sent_s > DRIVER_S
+        if not is_there and is_due and not self.is_finished():
             self._send("--resume", self._inside)
             self._note("gossamer submit --resume")
 
