@@ -45,7 +45,7 @@ ENOUGH = 5
 """New updates after which a thing that was broken is got over."""
 DRIVER_S = 90.0
 """What Ray may take to start the driver of a job."""
-STALL_S = 240.0
+STALL_S = 300.0
 """Without them for so long is a fault."""
 ACTORS = {"engine": 4, "rank": 4, "pool": 1, "replica": 1, "driver": 1}
 THINGS = {"actor": 10, "node": 2, "head": 1, "link": 3, "disk": 2}
