@@ -72,6 +72,8 @@ def read_events(run_dir: Path) -> list[Event]:
     """
     if (url := url_of(Path(run_dir))) is not None:
         lines = StoreTail(url).read(is_last=True)
+        if not lines:
+            raise ValueError(f"{url} holds no metrics; expected the folder of a run")
         return [parse_event(line, f"{url}/metrics") for line in lines]
     path = Path(run_dir) / "metrics.jsonl"
     if not path.is_file():
