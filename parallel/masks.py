@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from gossamer.parallel.flat_state import StateGroup, spread_run
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ MASK, WINDOW, WEIGHT = "mask", "window", "weight"
 """Kinds of rows beside masters and moments: bool; float32 sums of dense gradients; float32, what
 the forward pass sees of masters that live on under their mask."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+DIGEST_ELEMENTS = 1 << 22
+SPREAD = 0x1E3779B97F4A7C15
 
 
 class Flow(Protocol):
@@ -164,6 +167,18 @@ class Masks:
                         moment[state.local(segment.start, segment.stop)] = 0.0
         self.apply()
         self._refresh_weights()
+
+    def copies_agree(self) -> bool:
+        """Whether ranks that hold the same shard hold the same masks. A collective call."""
+        agree = torch.ones((), dtype=torch.int64)
+        for state in self._states():
+            if state.is_replicated and dist.get_world_size(state.process_group) > 1:
+                word = _digest(self._held[state.parameter].mask)
+                ends = torch.stack([word, -word])
+                dist.all_reduce(ends, dist.ReduceOp.MIN, group=state.process_group)
+                agree *= int(ends.sum() == 0)
+        dist.all_reduce(agree, dist.ReduceOp.MIN)
+        return bool(agree)
 
     @property
     def has_window(self) -> bool:
@@ -324,6 +339,15 @@ class Masks:
         for span in held.spans:
             if span.then.keeps_dense:
                 weight[span.at] = span.then.forward(held.dense[span.at], held.mask[span.at])
+
+
+def _digest(mask: Tensor) -> Tensor:
+    """63 bits of which elements are kept."""
+    total = torch.zeros((), dtype=torch.int64, device=mask.device)
+    for i, piece in enumerate(mask.split(DIGEST_ELEMENTS)):
+        word = (piece.nonzero() + (i * DIGEST_ELEMENTS + 1)) * SPREAD
+        total += ((word ^ (word >> 29)) * SPREAD).sum()  # wraps
+    return total >> 1
 
 
 def _told(span: _Span) -> tuple[Flow, Flow, bool]:

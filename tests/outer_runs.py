@@ -187,7 +187,7 @@ class Running:
         prepare_run(build_config(TrainConfig, config, "train"), run_dir, "test")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        self.run_dir, self.attempt = run_dir, attempt
+        self.run_dir, self.attempt, self._is_late = run_dir, attempt, False
         size = config["parallel"].get("data", 1) * config["parallel"].get("expert", 1)
         meet = tempfile.mktemp(prefix="meet", dir=run_dir)
         self._ranks = [
@@ -200,14 +200,18 @@ class Running:
         for process in self._ranks:
             process.start()
 
-    def ended(self, timeout_s: float = 120.0) -> list[int | None]:
-        """Exit codes of all ranks; once one has failed the others are killed."""
+    def ended(self, timeout_s: float = 300.0) -> list[int | None]:
+        """Exit codes of all ranks; once one has failed the others are killed.
+
+        The first that starts waits for the server's imports: 30 s at a load of 20.
+        """
         deadline_s = time.monotonic() + timeout_s
         while time.monotonic() < deadline_s:
             codes = [process.exitcode for process in self._ranks]
             if None not in codes or any(codes):
                 break
             time.sleep(0.02)
+        self._is_late = None in codes and not any(codes)
         for process in self._ranks:
             if process.exitcode is None:
                 process.kill()
@@ -217,7 +221,8 @@ class Running:
     def error(self) -> str:
         """What ended it."""
         found = sorted(self.run_dir.glob(f"error-{self.attempt}-*"))
-        return "\n".join(path.read_text() for path in found)
+        told = ["killed: it did not end in time"] if self._is_late else []
+        return "\n".join(told + [path.read_text() for path in found])
 
 
 def finish(*running: Running) -> None:

@@ -55,6 +55,7 @@ class OuterSync:
         """`event` is called with the name and fields of what happened, on rank 0."""
         assert config.outer is not None
         self._steps = config.max_steps
+        self._sparse = sparse
         self._masks: SharedMasks | None = None
         if sparse is not None:
             self._masks = SharedMasks(sparse, config.outer.inner_steps, self._steps)
@@ -204,6 +205,8 @@ class OuterSync:
         self._tokens_before, self._tokens = self._tokens_before + self._tokens, 0
         self._load_LE.zero_()
         self._write()
+        if self._sparse is not None:
+            self._sparse.follow()
         _move_on(progress, self._config, self.replica.number * self._outer.inner_steps, True)
         if progress.phase_index < len(self._config.phases):
             self._skip_data(self._config.phases[progress.phase_index])
@@ -253,9 +256,9 @@ class OuterSync:
             rows = self.replica.rows[name, row_start]
             return Owned(name, rows.shape, row_start, row_stop, rows.values, {})
 
-        self._engine.write(read, None)
-        if self._masks is not None:
+        if self._masks is not None:  # first: what grew in rounds that were missed has weights
             self._masks.install(min(self.replica.number * self._outer.inner_steps, self._steps))
+        self._engine.write(read, None)
         for name, values in self._model.buffers().items():
             if self._dims.rank == 0:
                 values.copy_(self.replica.rows[name, 0].values)

@@ -81,6 +81,38 @@ def watched(run_dir: str, world: int) -> dict[str, list]:
     return seen
 
 
+def spoilt(run_dir: str, config: dict) -> str:
+    """What ends a run in which the second rank's masks lose a bit on their way into its shard."""
+    from gossamer.parallel import masks
+    from gossamer.trainer.session import RunPlace, Session
+
+    spread = masks.spread_run
+
+    def faulty(state, run, values, shard) -> None:
+        spread(state, run, values, shard)
+        local = shard[state.local(run.start, run.stop)]
+        if dist.get_rank() == 1 and len(local):
+            local[-1] ^= True
+
+    masks.spread_run = faulty
+    place = RunPlace(run_dir=Path(run_dir), name="test")
+    try:
+        Session(build_config(TrainConfig, config, "train"), place, None, lambda step: None)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_a_bit_that_differs_between_ranks_ends_the_run(tmp_path, zero_stage):
+    config = settings(1)
+    config["parallel"] = {"data": 2, "expert": 1, "zero_stage": zero_stage}
+    prepare_run(build_config(TrainConfig, config, "train"), tmp_path, "test")
+    for error in run_world(spoilt, 2, str(tmp_path), config):
+        assert "expected the same on every rank" in error
+
+
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_rigl_and_spdf_change_masks_and_nothing_of_the_old_weights_stays(tmp_path, world):
     prepare_run(build_config(TrainConfig, settings(world), "train"), tmp_path, "test")

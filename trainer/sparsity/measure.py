@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gossamer.comm.state_hash import format_hash
 from gossamer.trainer.sparsity.flow import Flow
 from gossamer.trainer.sparsity.method import Band, Shapes
 from gossamer.trainer.sparsity.selection import mask_hash
@@ -40,7 +41,9 @@ class Measure:
         self._rows_N = torch.tensor([shapes[n][0] for n in self._names])
         self._kept_N = self._size_N.clone()
         self._changed_at = 0
-        self._flip_rate, self._flips, self._dead_rows, self._hash = 0.0, 0, 0, 0
+        self._flip_rate, self._flips = 0.0, 0
+        self.mask_hash = ""
+        """Of the masks that changed last, of all ranks, as they were chosen."""
         self._dead_N = torch.zeros_like(self._size_N)
         places = torch.tensor([experts.get(name, (-1, -1)) for name in self._names])
         self._layer_N, self._expert_N = places.unbind(1)
@@ -83,9 +86,17 @@ class Measure:
         steps = max(1, step - self._changed_at)
         self._flip_rate = self._flips / int(self._size_N[is_new_N].sum()) / steps
         self._changed_at = step
-        hashed = torch.tensor(_signed(_hash_of(bands, masks)))
+        new = [
+            Band(band.name, band.shape, band.row_start, band.weight_RC, mask)
+            for band, mask in zip(bands, masks, strict=True)
+        ]
+        self.mask_hash = self.hash_of(new)
+
+    def hash_of(self, bands: Sequence[Band]) -> str:
+        """Of the masks of all ranks' `bands`. A collective call."""
+        hashed = torch.tensor(_signed(mask_hash(bands)))
         dist.all_reduce(hashed)  # wraps as the hash does
-        self._hash = int(hashed) % 2**64
+        return format_hash(int(hashed))
 
     def masks_event(self, targets: Mapping[str, float]) -> dict[str, Any]:
         """What is written when masks change.
@@ -111,7 +122,7 @@ class Measure:
                 for rows in layers.values()
             ],
             "expert_density": self._expert_density(),
-            "mask_hash": f"{self._hash:016x}",
+            "mask_hash": self.mask_hash,
         }
 
     def after_update(
@@ -171,15 +182,6 @@ def _layers(names: Sequence[str]) -> dict[str, list[int]]:
         _, mark, rest = name.partition("layers.")
         found.setdefault(rest.partition(".")[0] if mark else "", []).append(i)
     return dict(sorted(found.items(), key=lambda item: int(item[0] or -1)))
-
-
-def _hash_of(bands: Sequence[Band], masks: Sequence[Tensor]) -> int:
-    return mask_hash(
-        [
-            Band(band.name, band.shape, band.row_start, band.weight_RC, mask)
-            for band, mask in zip(bands, masks, strict=True)
-        ]
-    )
 
 
 def _signed(value: int) -> int:

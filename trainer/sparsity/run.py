@@ -117,13 +117,13 @@ class SparseRun:
 
     def change(self) -> None:
         """Changes the masks that are due, once after each update. A collective call."""
-        names = self.due - self.shared if self._step else self.due
-        if self._is_changed or not names:
-            return
-        self._is_changed = True
-        bands = self._bands(names)
-        masks = self.method.update(bands, self._point(), dist.all_reduce)
-        self._put(names, bands, masks, self.version if self.shared else self._step)
+        if not self._is_changed:
+            self._renew(self.due - self.shared if self._step else self.due)
+
+    def follow(self) -> None:
+        """Masks that are due and no affair of the rounds, from weights that these have brought. A
+        collective call."""
+        self._renew(self.due - self.shared)
 
     def install(
         self, step: int, names: frozenset[str], mask: Callable[[str, int], Tensor], version: int
@@ -151,6 +151,13 @@ class SparseRun:
 
     # --- parts ----------------------------------------------------------------------------------
 
+    def _renew(self, names: frozenset[str]) -> None:
+        self._is_changed = True
+        if names:
+            bands = self._bands(names)
+            masks = self.method.update(bands, self._point(), dist.all_reduce)
+            self._put(names, bands, masks, self.version if self.shared else self._step)
+
     def _bands(self, names: frozenset[str]) -> list[Band]:
         """What this rank owns of `names`."""
         return [
@@ -164,6 +171,12 @@ class SparseRun:
         by_place = {(b.name, b.row_start): m for b, m in zip(bands, masks, strict=True)}
         self.engine.masks.set_masks(names, by_place, self._plan.reset_moments)
         self._close_window(names)
+        chosen, held = self._measure.mask_hash, self._measure.hash_of(self._bands(names))
+        if chosen != held or not self.engine.masks.copies_agree():
+            raise RuntimeError(
+                f"after step {self._step} masks of hash {chosen} were chosen and those of all ranks"
+                f" have {held}; expected the same on every rank: go on from the last checkpoint"
+            )
         self.version = version
         targets = self.method.target(self._point())
         told = self._measure.masks_event(targets)
