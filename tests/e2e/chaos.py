@@ -222,7 +222,7 @@ def run_chaos(folder: Path, seed: int, minutes: float, steps: int | None = None)
     recipe, shared = folder / "tiny.yaml", folder / "shared"
     shared.mkdir()
     steps = steps or round(minutes * STEPS_PER_MINUTE)
-    recipe.write_text(json.dumps(_recipe(steps)))
+    recipe.write_text(json.dumps(_recipe(steps, "slow_length_of_answer")))
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "gossamer-chaos", shared], check=True
     )
@@ -233,6 +233,7 @@ def run_chaos(folder: Path, seed: int, minutes: float, steps: int | None = None)
             told, faults = _break_until(operator, Chaos(operator, shared, seed), minutes * 60)
             whole_s = time.time() - operator.start_s
         if not faults:
+            recipe.write_text(json.dumps(_recipe(steps, "length_of_answer")))
             faults = _audit(operator.run_dir, folder / "whole", recipe)
         subprocess.run(["cp", "-r", operator.run_dir, folder / "run"], check=True)
     finally:
@@ -251,9 +252,8 @@ def run_chaos(folder: Path, seed: int, minutes: float, steps: int | None = None)
     }
 
 
-def _recipe(steps: int) -> dict:
-    rl = {**SETTINGS["rl"], "reward": "tiny_run:slow_length_of_answer", "max_staleness": 0}
-    rl |= {"drop_constant_groups": False}
+def _recipe(steps: int, reward: str) -> dict:
+    rl = {**SETTINGS["rl"], "reward": f"tiny_run:{reward}", "drop_constant_groups": False}
     warm, policy = SETTINGS["phases"]
     phases = [warm, {**policy, "max_steps": steps, "lr": 1e-4}]
     checkpoint = {"every_steps": 10, "keep_last": 3, "asynchronous": True}
