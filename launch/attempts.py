@@ -27,8 +27,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 PATIENCE_S = 10.0
 """Ranks that have not begun by then are told to be waiting, where they have no place."""
-NO_PLACE = ("NO_RESOURCES", "INFEASIBLE")
-"""What Ray says of a placement group that waits."""
+PLACED = ("CREATED", "REMOVED")
+"""States of placement groups that wait for nothing."""
 
 
 class Attempts:
@@ -84,11 +84,13 @@ class Attempts:
         try:
             fit = replica.fit.remote(config.train, config.cluster, place, pool)
             watched = [fit, *([self._pool_end] if pool is not None else [])]
-            begun_s, is_told = time.monotonic(), False
+            begun_s, is_told, has_places = time.monotonic(), False, False
             while not ray.wait(watched, timeout=REFRESH_S)[0]:
                 self._look()
+                if not has_places and (has_places := self._have_places()) and pool is not None:
+                    pool.open.remote()  # not before: engines might take what only ranks can use
                 late = time.monotonic() - begun_s > PATIENCE_S
-                if late and not is_told and self._state is State.STARTING:
+                if late and not is_told and not has_places:
                     is_told = self._tell_what_is_lacking()
             self._look(to_end=True)
             return self._pool_failure() or _failure(fit)
@@ -139,13 +141,17 @@ class Attempts:
         told = {"part": "trainer", "state": str(state), "attempt": self._number, "why": why}
         self._events.write("lifecycle", told)
 
-    def _tell_what_is_lacking(self) -> bool:
-        """Whether the ranks have no place yet; says then what they wait for."""
-        cluster, world_size = self._config.cluster, self._config.train.parallel.world_size
+    def _have_places(self) -> bool:
+        """Whether Ray Train's placement group has what it asked for."""
+        if self._state is State.RUNNING:
+            return True
         groups = ray.util.placement_group_table().values()
-        waiting = [group for group in groups if group["stats"]["scheduling_state"] in NO_PLACE]
-        if not any(len(group["bundles"]) == world_size for group in waiting):
-            return False
+        world_size = self._config.train.parallel.world_size
+        mine = [group for group in groups if len(group["bundles"]) == world_size]
+        return bool(mine) and all(group["state"] in PLACED for group in mine)
+
+    def _tell_what_is_lacking(self) -> bool:
+        cluster, world_size = self._config.cluster, self._config.train.parallel.world_size
         where = f" with labels {dict(cluster.labels)}" if cluster.labels else ""
         free, there = (
             found().get("CPU", 0.0) for found in (ray.available_resources, ray.cluster_resources)

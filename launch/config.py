@@ -157,6 +157,9 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.cpus_per_rank < 0:
             raise ValueError(f"cluster.cpus_per_rank is {self.cpus_per_rank}; expected 0 or more")
+        for key, value in self.labels.items():
+            if not isinstance(value, str):
+                raise ValueError(f'cluster.labels.{key} is {value}; expected a word, as "{value}"')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

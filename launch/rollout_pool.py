@@ -48,7 +48,17 @@ class RolloutPool:
         self._asked: bytes | None = b""
         """The file of wishes that was heeded last."""
         self._run.events.write("pools", {"pools": list(self._pools)})
-        self._heed()
+        self._is_open = False
+
+    def open(self) -> None:
+        """Makes the places that are wanted, and heeds new wishes from then on."""
+        if self._is_open:
+            return
+        self._is_open = True
+        try:
+            self._heed()
+        except (ValueError, OSError) as error:
+            return self._queue.fail(str(error))
         threading.Thread(target=self._heed_for_ever, daemon=True).start()
 
     # --- what the trainer asks ------------------------------------------------------------------
@@ -106,13 +116,16 @@ class RolloutPool:
     # --- what is wanted -------------------------------------------------------------------------
 
     def _heed_for_ever(self) -> None:
+        told = ""
         while self._queue.failure is None:
             time.sleep(TICK_S)
             try:
                 self._heed()
             except (ValueError, OSError) as error:
-                told = {"part": "pools", "state": "running", "why": f"not heeded: {error}"}
-                self._run.events.write("lifecycle", told)
+                if (why := f"not heeded: {error}") != told:
+                    fields = {"part": "pools", "state": "running", "why": why}
+                    self._run.events.write("lifecycle", fields)
+                told = why
 
     def _heed(self) -> None:
         """Makes and leaves places where the wish is new. Raises ValueError, OSError."""

@@ -154,11 +154,14 @@ class Saver:
         log: WeightLog,
         on_saved: Callable[[dict[str, Any]], None],
         torn: tuple[str, ...] = (),
+        before_commit: Callable[[], None] = lambda: None,
     ) -> None:
-        """`on_saved` gets what the `checkpoint` event says, on every rank, once it is committed."""
+        """`on_saved` gets what the `checkpoint` event says, on every rank, once it is committed;
+        `before_commit` is called before that on rank 0, in the thread that writes."""
         self._config, self._root, self._epoch = config, root, epoch
         self._engine, self._model, self._log = engine, model, log
         self._on_saved, self._torn = on_saved, torn
+        self._before_commit = before_commit
         self.parts: dict[str, SavedPart] = {}
         self._write: BackgroundWrite | None = None
         self._event: dict[str, Any] = {}
@@ -207,9 +210,7 @@ class Saver:
             prune_checkpoints, self._root, self._config.keep_last, target.url, self._torn
         )
         # as text, now: the step will move what it describes
-        self._write = BackgroundWrite(
-            target, snapshot, json.dumps(state), self._refuse_stale, prune
-        )
+        self._write = BackgroundWrite(target, snapshot, json.dumps(state), self._may_commit, prune)
         self._write.start()
         if not self._config.asynchronous:
             self.wait()
@@ -275,6 +276,10 @@ class Saver:
         assert self._saved is not None, "save() comes first"
         read = diversified(Checkpoint(self._saved[1]).read, masked_share, seed)
         self._engine.write(read, self._engine.num_updates)
+
+    def _may_commit(self) -> None:
+        self._refuse_stale()
+        self._before_commit()
 
     def _refuse_stale(self) -> None:
         if self._log.is_superseded(self._epoch):

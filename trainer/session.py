@@ -108,7 +108,12 @@ class Session:
             self._publishing.log,
             self._on_saved,
             tuple(self._torn),
+            self._flush_books,
         )
+
+    def _flush_books(self) -> None:
+        """What a checkpoint contains is in the books before it counts."""
+        self._events.flush()
 
     def _build_outer(self) -> OuterSync | None:
         if self.config.outer is None:

@@ -72,6 +72,7 @@ def test_a_flipped_bit_is_found_and_no_sample_of_it_is_taken(cluster, tmp_path):
         engine="test_engine_reseed:FlippingEngine", engines=1, audit_every_versions=1
     )
     pool = RolloutPool(str(tmp_path), rollout, RecoveryConfig(), model)
+    pool.open()
     pool.submit("0", [requests()], 0)
     deadline_s = time.monotonic() + 60
     while not (tmp_path / "log" / "flipped").exists():

@@ -95,6 +95,7 @@ def build_pool(cluster, publish, tmp_path):
         rollout = RolloutConfig(**{**told, **(options or {})})
         recovery = RecoveryConfig(max_failures=max_failures, pause_s=0.1)
         built.append(RolloutPool(str(tmp_path), rollout, recovery, {**MODEL, **model}))
+        built[-1].open()
         return built[-1]
 
     built: list[RolloutPool] = []

@@ -61,6 +61,7 @@ def build(tmp_path):
         built.append(
             RolloutPool(str(tmp_path), RolloutConfig(pools=pools, **options), recovery, MODEL)
         )
+        built[-1].open()
         return built[-1]
 
     yield build
