@@ -4,7 +4,7 @@ The one idea: every file but a hint is written once, so it may be cached for eve
 in between, and a range of it is the same bytes today and tomorrow.
 
     GET, HEAD /NAME        a file, or a range of it
-    GET /?list=PREFIX      names as a JSON list
+    GET /?list=PREFIX      names as a JSON list; /FOLDER/?list=PREFIX names inside it
     PUT, DELETE /NAME      where it is writable; `If-None-Match: *` creates, or answers 412
 """
 
@@ -25,7 +25,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from gossamer.comm.store import Store, checked_name
 from gossamer.comm.store.http import PUT_TOKEN, TOKEN_VARIABLE
 
-WRITTEN_ONCE = re.compile(r"(manifest|epoch|fold)-[\d-]+\.json|(parts|rounds|anchors)/.+")
+WRITTEN_ONCE = re.compile(
+    r"(.+/)?((manifest|epoch|fold)-[\d-]+\.json|parts/[^/]+|(rounds|anchors)/\d+/[^/]+)"
+)
 """Files that never change, or that readers know by their hash. log.json is not one: a new run may
 take the place of an old one."""
 
@@ -114,10 +116,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(HTTPStatus.UNAUTHORIZED)
         target = urlsplit(self.path)
         try:
-            if target.path == "/":
-                prefix = parse_qs(target.query, keep_blank_values=True).get("list", [""])[0]
-                names = [name for name in self.server.store.list(prefix) if _is_shown(name)]
-                body = json.dumps(names).encode()
+            asked = parse_qs(target.query, keep_blank_values=True).get("list")
+            if target.path == "/" or (asked and target.path.endswith("/")):
+                folder = unquote(target.path[1:], errors="strict")
+                prefix = asked[0] if asked else ""
+                found = filter(_is_shown, self.server.store.list(folder + prefix))
+                body = json.dumps([name.removeprefix(folder) for name in found]).encode()
                 self._begin(HTTPStatus.OK, len(body), {"Content-Type": "application/json"})
                 if with_body:
                     self.wfile.write(body)

@@ -5,6 +5,7 @@ import json
 import pytest
 from gossamer.comm.log import WeightLog
 from gossamer.comm.store import StoreError, open_store
+from gossamer.comm.store.serve import serve
 from gossamer.trainer.event_store import StoreTail
 from gossamer.trainer.metrics import EventLog, has_events
 from gossamer.trainer.run_folder import (
@@ -22,10 +23,15 @@ from gossamer.trainer.run_folder import (
 from s3_server import S3Server, s3_environment
 
 
-@pytest.fixture
-def url(tmp_path) -> str:
+@pytest.fixture(params=["file", "http"])
+def url(tmp_path, request):
     (tmp_path / "bucket").mkdir()
-    return (tmp_path / "bucket" / "runs" / "demo").as_uri()
+    if request.param == "file":
+        yield (tmp_path / "bucket" / "runs" / "demo").as_uri()
+    else:
+        server = serve(open_store(tmp_path / "bucket"), writable=True)
+        yield f"{server.url}/runs/demo"
+        server.close()
 
 
 @pytest.fixture
@@ -165,6 +171,7 @@ def test_a_url_that_cannot_hold_a_run_is_refused(where):
         open_run(where)
 
 
-def test_a_place_that_is_not_there_is_told(url):
+def test_a_place_that_is_not_there_is_told(tmp_path):
+    url = (tmp_path / "run").as_uri()
     with pytest.raises(FileNotFoundError, match="is not a directory"):
         open_run(url)
