@@ -83,6 +83,7 @@ class Replica:
         from ray.train.torch import TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError
 
+        place = place.here()
         write_pid(place.run_dir, "replica")
         settings = {
             "config": config,
