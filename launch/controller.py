@@ -171,6 +171,7 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: str | N
             raise
         finally:
             display.stop()
+        drop_torn_lines(run_dir)  # nobody is left who could append
         summary = json.loads(write_summary(run_dir).read_text())
         write_report(run_dir)
         _print_outcome(console, summary, inside(run_dir, "report.html"))

@@ -30,7 +30,7 @@ class EventLog:
         self._path = run_dir / METRICS_FILE
         if self._store is None:
             run_dir.mkdir(parents=True, exist_ok=True)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
             self._descriptor = os.open(self._path, flags, 0o644)
 
     def write(self, event: str, fields: dict[str, Any]) -> None:
@@ -42,12 +42,18 @@ class EventLog:
         line = (json.dumps(record) + "\n").encode()
         if self._store is not None:
             return self._store.add(line)
+        if self._is_torn():
+            line = b"\n" + line  # else it would be lost with what a full disk or a kill cut short
         try:
             written = os.write(self._descriptor, line)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         if written < len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+
+    def _is_torn(self) -> bool:
+        size = os.fstat(self._descriptor).st_size
+        return size > 0 and os.pread(self._descriptor, 1, size - 1) != b"\n"
 
     def flush(self) -> None:
         """Returns once all that was written can be read. Raises StoreError."""

@@ -27,6 +27,16 @@ def test_after_torn_lines_go_an_event_begins_on_a_line_of_its_own(tmp_path, held
     assert b"".join(lines[:-1]) == kept and json.loads(lines[-1])["x"] == 1
 
 
+def test_after_a_torn_line_others_lose_nothing(tmp_path):
+    path, log = tmp_path / METRICS_FILE, EventLog(tmp_path)
+    path.write_bytes(WHOLE[0] + WHOLE[1][:9])  # a full disk, under a process that goes on
+    log.write("c", {"x": 1})
+    log.write("c", {"x": 2})
+    drop_torn_lines(tmp_path)
+    first, *others = map(json.loads, path.read_bytes().splitlines())
+    assert first == json.loads(WHOLE[0]) and [other["x"] for other in others] == [1, 2]
+
+
 def test_a_run_without_metrics_has_no_torn_lines(tmp_path):
     drop_torn_lines(tmp_path)
     assert list(tmp_path.iterdir()) == []
