@@ -59,6 +59,7 @@ def _heat(last: Event) -> go.Heatmap:
     """Of the experts, layer by layer, or, where no expert is governed, of the layers."""
     by_expert = last["expert_density"]
     rows = by_expert or [[density] for density in last["layer_density"]]
+    targets = last["expert_target"] if by_expert else [[each] for each in last["layer_target"]]
     return go.Heatmap(
         z=[[100 * density for density in row] for row in rows],
         x=[f"expert {i}" for i in range(len(rows[0]))] if by_expert else ["all"],
@@ -69,5 +70,6 @@ def _heat(last: Event) -> go.Heatmap:
         colorbar={"title": "%", "thickness": 10},
         xgap=1,
         ygap=1,
-        hovertemplate="%{y}, %{x}: %{z:.3g} %<extra></extra>",
+        customdata=[[100 * target for target in row] for row in targets],
+        hovertemplate="%{y}, %{x}: %{z:.3g} %, target %{customdata:.3g} %<extra></extra>",
     )

@@ -76,6 +76,9 @@ def test_masked_weights_and_moments_are_zero_and_n_of_m_holds(whole):
                 assert not values[~mask].any(), (step, name)
         told = [e for e in changes if e["step"] <= step][-1]
         assert told["density"] == kept / size
+        assert [len(layer) for layer in told["expert_target"]] == [4, 4]
+        experts = zip(sum(told["expert_density"], []), sum(told["expert_target"], []), strict=True)
+        assert all(density == pytest.approx(target, abs=0.01) for density, target in experts)
     q_proj = checkpoint.rows("model.layers.0.self_attn.q_proj.weight", 0, 32, "mask")
     assert int(q_proj.sum()) == round(0.2 * q_proj.numel())
     last = events(whole, "train_step")[-1]

@@ -102,8 +102,8 @@ class Measure:
         """What is written when masks change.
 
         sad: the sum of |new - old| over all masks; flip_rate: sad over the elements of the matrices
-        that were due and over the steps since the last change; density and target by layer, density
-        by expert of each layer; state of all masks that were due as a hash.
+        that were due and over the steps since the last change; density and target by layer, and by
+        expert of each layer; state of all masks that were due as a hash.
         """
         target_N = torch.tensor([targets[name] for name in self._names], dtype=torch.float64)
         size_N = self._size_N.double()
@@ -121,7 +121,8 @@ class Measure:
                 float((target_N * size_N)[rows].sum() / size_N[rows].sum())
                 for rows in layers.values()
             ],
-            "expert_density": self._expert_density(),
+            "expert_density": self._by_expert(self._kept_N.double()),
+            "expert_target": self._by_expert(target_N * size_N),
             "mask_hash": self.mask_hash,
         }
 
@@ -156,16 +157,17 @@ class Measure:
     def _share(self, rows: Tensor) -> float:
         return int(self._kept_N[rows].sum()) / int(self._size_N[rows].sum())
 
-    def _expert_density(self) -> list[list[float]]:
-        """Of each MoE layer's experts; empty where no expert is governed."""
-        kept: dict[tuple[int, int], list[int]] = {}
-        for i, name in enumerate(self._names):
+    def _by_expert(self, part_N: Tensor) -> list[list[float]]:
+        """Its share of each MoE layer's experts; empty where no expert is governed."""
+        sums: dict[tuple[int, int], list[float]] = {}
+        parts = zip(self._names, part_N.tolist(), self._size_N.tolist(), strict=True)
+        for name, part, size in parts:
             if name in self._experts:
-                both = kept.setdefault(self._experts[name], [0, 0])
-                both[0] += int(self._kept_N[i])
-                both[1] += int(self._size_N[i])
-        layers = sorted({layer for layer, _ in kept})
-        return [[k / n for (at, _), (k, n) in sorted(kept.items()) if at == of] for of in layers]
+                both = sums.setdefault(self._experts[name], [0.0, 0.0])
+                both[0] += part
+                both[1] += size
+        layers = sorted({layer for layer, _ in sums})
+        return [[p / n for (at, _), (p, n) in sorted(sums.items()) if at == of] for of in layers]
 
 
 def saved_flops(flow: Flow, is_scored: bool) -> float:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
+from math import ceil
 
 import torch
 import torch.distributed as dist
@@ -143,7 +144,7 @@ class SharedMasks:
                         weight_RC=rows.values,
                         mask_RC=self._mask(name, row_start),
                         gradient_RC=None if window is None else window.values,
-                        tokens=int(seen[name]) if name in seen else None,
+                        tokens=ceil(seen[name]) if name in seen else None,
                     )
                 )
         return bands
