@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ class Attempts:
 
     def _tell(self, state: State, why: str) -> None:
         told = {"part": "trainer", "state": str(state), "attempt": self._number, "why": why}
-        self._events.write("lifecycle", told)
+        with suppress(OSError):  # a full disk; the display shows what it has
+            self._events.write("lifecycle", told)
 
     def _have_places(self) -> bool:
         """Whether Ray Train's placement group has what it asked for."""

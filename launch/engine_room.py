@@ -140,6 +140,8 @@ def _get(reference: Any) -> Any:  # noqa: ANN401
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, OSError):  # a full disk, a store that is away, not the unit
+            raise LostError(str(error.cause)) from None
         raise error.cause from None
     except ray.exceptions.RayError as error:
         reason = str(error).strip().splitlines()[-1]

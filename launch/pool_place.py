@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -258,4 +259,5 @@ class PoolPlace:
     def _tell(self, what: str, **fields: Any) -> None:  # noqa: ANN401
         told = {"engine": self.name, "what": what, "version": None}
         place = {"pool": self.pool.name, "place": self.number, "state": str(self.state)}
-        self._run.events.write("engine", {**told, **place, **fields})
+        with suppress(OSError):  # a full disk, and no sample depends on what is told
+            self._run.events.write("engine", {**told, **place, **fields})
