@@ -5,8 +5,8 @@ the label that `/finish_weight_update` set while generation was paused, `/infere
 returns them as spans, and `gossamer log follow` sets the label to the log's version. So nothing is
 guessed from what was so before and after, and a server without a version is found out.
 
-Start it with `--logprobs-mode processed_logprobs --no-enable-prefix-caching`; docs/rollouts.md says
-why, and what is not promised.
+Start it with `--enable-scale-out`, which has that route answer, `--logprobs-mode processed_logprobs`
+and `--no-enable-prefix-caching`; docs/rollouts.md says why, and what is not promised.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class VLLMServer:
         said = f"{self.url}{path} answered {status}: {answer[:300].decode(errors='replace')}"
         if status in (400, 413, 422):
             raise RequestError(said)
-        if status in (401, 403):
+        if status == 401:
             raise EngineError(f"{said}; expected its --api-key in ${TOKEN_VARIABLE}")
         if status == 404 and path == "/weight_info":
             raise EngineError(f"{said}; expected vLLM with VLLM_SERVER_DEV_MODE=1, or a proxy"

