@@ -5,8 +5,8 @@ the label that `/finish_weight_update` set while generation was paused, `/infere
 returns them as spans, and `gossamer log follow` sets the label to the log's version. So nothing is
 guessed from what was so before and after, and a server without a version is found out.
 
-Start it with `--enable-scale-out`, which has that route answer, `--logprobs-mode processed_logprobs`
-and `--no-enable-prefix-caching`; docs/rollouts.md says why, and what is not promised.
+Start it with `--enable-scale-out` (or that route is closed), `--logprobs-mode processed_logprobs` and
+`--no-enable-prefix-caching`; docs/rollouts.md says why, and what is not promised.
 """
 
 from __future__ import annotations
