@@ -131,7 +131,8 @@ class Attempts:
             if event["event"] == "checkpoint":
                 self._saved_step = max(self._saved_step, event["step"])
             elif event["event"] == "run_start" and event["attempt"] == self._number:
-                self._enter(Event.READY)
+                if self._state is State.STARTING:  # from a store it may be heard of late
+                    self._enter(Event.READY)
         self._on_look()
 
     def _enter(self, event: Event, why: str = "") -> None:
