@@ -34,8 +34,8 @@ OUTER_RULES = {
 }
 
 Key = tuple[str, int]
-"""(tensor name, first row) of rows that one rank holds; a second buffer of theirs has some words and
-a blank before the name."""
+"""(tensor name, first row) of rows that one rank holds; a second buffer of theirs has words and a
+blank before the name."""
 Buffers = dict[Key, Tensor]
 """float32 on the CPU, each shaped as its rows."""
 
