@@ -84,8 +84,7 @@ class RolloutPool:
                 try:
                     hashes[engine.name] = engine.audit(version)
                 except (LostError, UnfitError):
-                    with self._changed:  # its place's thread will find out
-                        self._changed.wait_for(lambda e=engine: self._has_gone(e))  # noqa: B023
+                    self._wait_for_end_of(engine)
         for name in (name for name, found in hashes.items() if found is None):
             self._run.events.write("engine", {"engine": name, "what": "unaudited", "version": None})
         return {name: found for name, found in hashes.items() if found is not None}
@@ -109,9 +108,12 @@ class RolloutPool:
                     return None
                 self._changed.wait(TICK_S)
 
-    def _has_gone(self, engine: ActorEngine | ServerEngine) -> bool:
-        is_there = any(place.engine is engine for place in self._places)
-        return not is_there or self._queue.failure is not None
+    def _wait_for_end_of(self, engine: ActorEngine | ServerEngine) -> None:
+        """Its place's thread will find out."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._queue.failure or all(p.engine is not engine for p in self._places)
+            )
 
     # --- what is wanted -------------------------------------------------------------------------
 

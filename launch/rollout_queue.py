@@ -129,14 +129,15 @@ class RolloutQueue:
         Returns the first request of a prompt that failed so often that it is given up.
         """
         if not self._retries:
-            return self._put_back([unit])
+            self._put_back([unit])
+            return None
         prompts = [list(each) for _, each in groupby(unit.requests, lambda r: r.prompt_ids)]
         if unit.failures >= self._retries and len(prompts) == 1:
             self.take(unit, [])
             return unit.requests[0].request_id
         failures = unit.failures + 1
-        again = [Unit(unit.batch, each, unit.oldest_version, failures) for each in prompts]
-        return self._put_back(again)
+        self._put_back([Unit(unit.batch, each, unit.oldest_version, failures) for each in prompts])
+        return None
 
     def fail(self, reason: str) -> None:
         """Nothing will be answered any more."""
