@@ -34,7 +34,9 @@ class GlooConfig(TorchConfig):
 
 
 class _Gloo(_TorchBackend):
-    def on_start(self, worker_group: BaseWorkerGroup, backend_config: TorchConfig) -> None:
+    def on_start(  # type: ignore[override]
+        self, worker_group: BaseWorkerGroup, backend_config: TorchConfig
+    ) -> None:
         if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
             worker_group.execute(use_cluster_interface)
         super().on_start(worker_group, backend_config)

@@ -98,7 +98,7 @@ class Replica:
             scaling_config=ScalingConfig(
                 num_workers=config.parallel.world_size,
                 resources_per_worker={"CPU": cluster.cpus_per_rank},
-                label_selector=dict(cluster.labels) or None,
+                label_selector=dict(cluster.labels) or None,  # type: ignore[call-arg]
             ),
             run_config=RunConfig(
                 name=f"attempt-{place.attempt}",

@@ -38,9 +38,11 @@ class Shown(Protocol):
 
     name: str
     run_dir: Path
-    state: State
     started_s: float
     """Unix time."""
+
+    @property
+    def state(self) -> str: ...
 
     @property
     def restarts(self) -> int: ...
