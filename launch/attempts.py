@@ -17,6 +17,7 @@ import ray
 from gossamer.launch.config import RunConfig
 from gossamer.launch.controller import REFRESH_S, newest_checkpoint
 from gossamer.launch.display import EventTail
+from gossamer.launch.engine_room import free_rooms
 from gossamer.launch.lifecycle import Event, Failure, State, after, decide
 from gossamer.launch.replica import Replica, failure_of
 from gossamer.launch.rollout_pool import RolloutPool
@@ -123,6 +124,7 @@ class Attempts:
             return Failure(str(error.cause), is_final=True)
         except ray.exceptions.RayError:
             pass
+        free_rooms()
         self._pool = None
         return Failure("the process of the rollout pool was killed or crashed")
 

@@ -11,14 +11,22 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import ray
 from gossamer.comm.rollout import Request, Sample
 from gossamer.launch.config import PoolConfig, RolloutConfig
 from gossamer.launch.engine_actor import EngineActor, UnfitError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import (
+    get_placement_group,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+ROOM = "gossamer-engine-"
+"""What names of placement groups begin with."""
 TICK_S = 1.0
 """Between two looks at an engine."""
 SILENCE_S = 120.0
@@ -46,7 +54,9 @@ class ActorRoom:
         self.waits_for = wanted_words(bundle, pool)
         # a bundle must hold something: a byte
         labels = [dict(pool.labels)] if pool.labels else None
-        self._group = placement_group([bundle or {"memory": 1}], bundle_label_selector=labels)
+        self._group = placement_group(
+            [bundle or {"memory": 1}], bundle_label_selector=labels, name=f"{ROOM}{uuid4().hex}"
+        )
 
     def is_ready(self) -> bool:
         """Waits for a tick at most."""
@@ -127,6 +137,14 @@ class ActorEngine:
     def stop(self) -> None:
         """Whatever it does; an actor out of reach would keep its CPUs."""
         ray.kill(self._actor)
+
+
+def free_rooms() -> None:
+    """Gives back the places of a pool that was killed: Ray keeps them while their job lives."""
+    for group in placement_group_table().values():
+        if group["name"].startswith(ROOM) and group["state"] != "REMOVED":
+            with suppress(ValueError):  # another job's
+                remove_placement_group(get_placement_group(group["name"]))
 
 
 def wanted_words(bundle: dict[str, float], pool: PoolConfig) -> str:

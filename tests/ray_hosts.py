@@ -85,6 +85,8 @@ class RayHosts:
             words += ["--head", f"--port={PORT}", f"--dashboard-host={host.address}"]
         else:
             words += [f"--address={self.hosts[0].address}:{PORT}"]
+        # else Ray looks for the cluster that was here, among processes of other test beds, too
+        (self.own(i) / "ray" / "ray_current_cluster").unlink(missing_ok=True)
         with (self._folder / f"host-{i}" / "ray.log").open("a") as log:
             self._processes[i] = subprocess.Popen(
                 self.command(i, *words), stdin=subprocess.DEVNULL, stdout=log, stderr=log
