@@ -71,8 +71,9 @@ def read_events(run_dir: Path) -> list[Event]:
     ValueError, naming file and line, for any other line that is no event.
     """
     if (url := url_of(Path(run_dir))) is not None:
-        lines = StoreTail(url).read(is_last=True)
-        if not lines:
+        tail = StoreTail(url)
+        lines = tail.read(is_last=True)
+        if not tail.has_writers:
             raise ValueError(f"{url} holds no metrics; expected the folder of a run")
         return [parse_event(line, f"{url}/metrics") for line in lines]
     path = Path(run_dir) / "metrics.jsonl"

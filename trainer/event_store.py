@@ -142,6 +142,11 @@ class StoreTail:
             seen.found = []
         return [line for _, line in sorted(found, key=lambda pair: pair[0])]
 
+    @property
+    def has_writers(self) -> bool:
+        """Whether the last look found any."""
+        return bool(self._seen)
+
     def _read_one(self, writer: str) -> None:
         seen = self._seen[writer]
         seen.look_s = time.monotonic()

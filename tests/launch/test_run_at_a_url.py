@@ -89,6 +89,11 @@ def test_a_run_there_is_not_overwritten_unasked_and_only_as_a_run(run, url):
         make_room(run, overwrite=True)
 
 
+def test_one_whose_driver_died_before_it_said_anything_has_no_events(url):
+    EventLog(open_run(url, create=True))
+    assert read_events(open_run(url)) == []
+
+
 def test_one_that_finished_is_not_resumed(run, url):
     events = EventLog(run)
     events.write("run_end", {"reason": "finished"})
