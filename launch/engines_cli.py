@@ -95,7 +95,6 @@ def run_engines(arguments: argparse.Namespace) -> None:
         write_wishes(run_dir, wanted)
     events = read_events(run_dir)
     print(table(wanted, places_seen(events)))
-    if events and events[-1]["event"] == "run_end":
-        print(
-            f"the run has ended: {events[-1]['reason']}; what is wanted counts when it is resumed"
-        )
+    ends = [event for event in events if event["event"] in ("run_start", "run_end")]
+    if ends and ends[-1]["event"] == "run_end":
+        print(f"the run has ended: {ends[-1].get('reason')}")

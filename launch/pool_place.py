@@ -66,7 +66,8 @@ class PoolPlace:
         self._is_anew, self._begins = False, "start"
         self._answered = 0
         self._failures: list[Failure] = []
-        threading.Thread(target=self._tend, daemon=True).start()
+        self.thread = threading.Thread(target=self._tend, daemon=True)
+        self.thread.start()
 
     def enter(self, event: Event) -> None:
         """Something happened. Who leaves, or is over, hears of nothing but its end."""
@@ -128,7 +129,9 @@ class PoolPlace:
         while not engine.is_ready():
             if self.state is not State.STARTING or self._queue.failure:
                 return False
-            self._tell_wait(engine.waits_for)
+            # its node may have died, which Ray finds out later than that the engine did
+            has_room = self._room.is_ready()
+            self._tell_wait(engine.waits_for if has_room else self._room.waits_for)
         self.waits_for, self._is_anew = "", False
         self._run.proven.add(self.pool.name)
         self.enter(Event.READY)

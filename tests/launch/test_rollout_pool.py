@@ -102,6 +102,8 @@ def build_pool(cluster, publish, tmp_path):
     yield build
     for pool in built:  # gives its places back
         pool._queue.fail("the test is over")
+        for place in pool._places:
+            place.thread.join(30)
 
 
 def requests(*numbers: int) -> list[Request]:
