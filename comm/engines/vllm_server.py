@@ -156,13 +156,14 @@ class VLLMServer:
     def _check_logprobs(self, request: Request) -> None:
         """Raises RequestError where log-probabilities are not those of the sampling distribution.
 
-        Those of a very low temperature are: the most likely token's is then close to 0.
+        At a very low temperature the most likely token's is then close to 0. Two are asked for, as
+        the sampled one counts as one.
         """
         tops = []
         for temperature in (1.0, 0.01):
             probe = replace(request, max_new_tokens=1, temperature=temperature)
             try:
-                (content,) = self._complete(probe, logprobs=1)["logprobs"]["content"]
+                (content,) = self._complete(probe, logprobs=2)["logprobs"]["content"]
                 tops.append(max(top["logprob"] for top in content["top_logprobs"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise EngineError(f"{self.url} answered no completion: {error!r}") from error

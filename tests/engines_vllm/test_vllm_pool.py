@@ -36,68 +36,84 @@ def wait_until(holds):
         time.sleep(0.05)
 
 
-def test_a_server_samples_for_a_pool(trained, tmp_path, monkeypatch, vllm_here):  # noqa: F811
+class Served:
+    """A server, what keeps it at the head of the log, and a pool whose only engine it is."""
+
+    def __init__(self, trained, run_dir):
+        port = free_port()
+        self.name, self.url = f"127.0.0.1:{port}", f"http://127.0.0.1:{port}"
+        self._trained, self._port, self._is_over = trained, port, threading.Event()
+        self.begin()
+        how = {"until": lambda _: self._is_over.is_set()}
+        self._follower = threading.Thread(
+            target=follow, args=(trained.log.url, self.url), kwargs=how
+        )
+        self._follower.start()
+        rollout = RolloutConfig(pools=(PoolConfig(name="far", urls=(self.url,)),))
+        self.pool = RolloutPool(str(run_dir), rollout, RecoveryConfig(), MODEL)
+        self.pool.open()
+
+    def begin(self):
+        self.process = start_server(self._trained.folder, self._port, *FLAGS)
+
+    def submit_long(self, batch, oldest_version):
+        asked = enumerate(requests(2))
+        unit = [replace(each, max_new_tokens=400, key=(9, i)) for i, each in asked]
+        self.pool.submit(batch, [unit], oldest_version)
+        time.sleep(0.5)
+
+    def close(self):
+        self._is_over.set()
+        self.pool._queue.fail("the test is over")
+        self.process.terminate()
+        self.process.wait(timeout=60)
+        self._follower.join(30)
+
+
+@pytest.fixture
+def served(trained, tmp_path, monkeypatch, vllm_here):  # noqa: F811
     monkeypatch.setenv("GOSSAMER_ENGINE_TOKEN", "word")
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    process = start_server(trained.folder, port, *FLAGS)
-    is_over = threading.Event()
-    follower = threading.Thread(
-        target=follow, args=(trained.log.url, url), kwargs={"until": lambda _: is_over.is_set()}
-    )
-    follower.start()
-    rollout = RolloutConfig(pools=(PoolConfig(name="far", urls=(url,)),))
-    pool = RolloutPool(str(tmp_path), rollout, RecoveryConfig(), MODEL)
-    pool.open()
-    try:
-        pool.submit("0", [requests(4), requests(2)], 0)
-        samples = pool.collect("0")
-        assert samples[:2] == samples[4:]  # alone in their batches: a function of the requests
-        assert {(s.start, s.version) for sample in samples for s in sample.spans} == {(0, 0)}
+    served = Served(trained, tmp_path)
+    yield served
+    served.close()
 
-        # in flight over commits: the server says which token is of which version
-        def long(batch, oldest):
-            asked = [
-                replace(each, max_new_tokens=400, key=(9, i)) for i, each in enumerate(requests(2))
-            ]
-            pool.submit(batch, [asked], oldest)
 
-        long("1", 0)
-        time.sleep(0.5)
-        for _ in range(3):
-            trained.step()
-        found = pool.collect("1")
-        spans = [(s.start, s.stop, s.version) for s in max(found, key=lambda s: len(s.spans)).spans]
-        assert spans[0][0] == 0 and len(spans) > 1, spans
-        assert [each[2] for each in spans] == sorted({each[2] for each in spans})
-        wait_until(lambda: VLLMServer(url, eos_id=EOS).version() == 3)
-        assert pool.audit(3) == {f"127.0.0.1:{port}": trained.log.manifest(3).state_hash}
+def test_a_server_samples_for_a_pool(trained, served, tmp_path):
+    pool, proof = served.pool, {served.name: ""}
+    pool.submit("0", [requests(4), requests(2)], 0)
+    samples = pool.collect("0")
+    assert samples[:2] == samples[4:]  # a function of the requests, as long as nothing else runs
+    assert {(s.start, s.version) for sample in samples for s in sample.spans} == {(0, 0)}
 
-        # the same tokens and log-probabilities as an engine in this process, at every temperature
-        cool = [replace(each, temperature=t) for t in (0.0, 0.7) for each in requests(3)]
-        cool = [replace(each, request_id=f"{i}") for i, each in enumerate(cool)]
-        pool.submit("2", [[each] for each in cool], 3)
-        engine = in_this_process(trained, 3)
-        for asked, sample in zip(cool, pool.collect("2"), strict=True):
-            (expected,) = engine.generate([asked])
-            assert sample.token_ids == expected.token_ids and sample.finished == expected.finished
-            assert sample.logprobs == pytest.approx(expected.logprobs, abs=1e-3), asked
+    # in flight over commits: the server says which token is of which version
+    served.submit_long("1", 0)
+    for _ in range(3):
+        trained.step()
+    longest = max(pool.collect("1"), key=lambda sample: len(sample.spans))
+    versions = [span.version for span in longest.spans]
+    assert len(versions) > 1 and versions == sorted(set(versions))
+    wait_until(lambda: VLLMServer(served.url, eos_id=EOS).version() == 3)
+    proof[served.name] = trained.log.manifest(3).state_hash
+    assert pool.audit(3) == proof
 
-        # killed in the middle of a unit, and started again with nothing but its first weights
-        long("3", 3)
-        time.sleep(0.5)
-        process.kill()
-        process.wait()
-        wait_until(lambda: any(e["what"] == "dead" for e in events(tmp_path, "engine")))
-        process = start_server(trained.folder, port, *FLAGS)
-        assert {s.version for sample in pool.collect("3") for s in sample.spans} == {3}
-        assert pool.audit(3) == {f"127.0.0.1:{port}": trained.log.manifest(3).state_hash}
-    finally:
-        is_over.set()
-        pool._queue.fail("the test is over")
-        process.terminate()
-        process.wait(timeout=60)
-        follower.join(30)
+    # the same tokens and log-probabilities as an engine in this process, at every temperature
+    cool = [replace(each, temperature=t) for t in (0.0, 0.7) for each in requests(3)]
+    cool = [replace(each, request_id=f"{i}") for i, each in enumerate(cool)]
+    pool.submit("2", [[each] for each in cool], 3)
+    engine = in_this_process(trained, 3)
+    for asked, sample in zip(cool, pool.collect("2"), strict=True):
+        (expected,) = engine.generate([asked])
+        assert sample.token_ids == expected.token_ids and sample.finished == expected.finished
+        assert sample.logprobs == pytest.approx(expected.logprobs, abs=1e-3), asked
+
+    # killed in the middle of a unit, and started again with nothing but its first weights
+    served.submit_long("3", 3)
+    served.process.kill()
+    served.process.wait()
+    wait_until(lambda: any(e["what"] == "dead" for e in events(tmp_path, "engine")))
+    served.begin()
+    assert {s.version for sample in pool.collect("3") for s in sample.spans} == {3}
+    assert pool.audit(3) == proof
     waits = [e["waits_for"] for e in events(tmp_path, "engine") if e["what"] == "waits"]
     assert any("no answer" in each for each in waits), waits
 
