@@ -42,7 +42,8 @@ def places_seen(events: Iterable[Event]) -> list[Seen]:
                 places[number] = Seen(pool=event["pool"], engine=name, state=event["state"])
             seen = places[number]
             seen.state = event["state"]
-            seen.note = str(event.get("reason") or event.get("waits_for") or "")
+            waits_for = event.get("waits_for")
+            seen.note = f"waits for {waits_for}" if waits_for else str(event.get("reason") or "")
             if event["what"] == "left":
                 del places[number]
         if event.get("version") is not None:
