@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gossamer.launch.config import RunConfig
+from gossamer.launch.pool_wishes import read_wishes, wishes
 
 SETTINGS = {
     # read by Ray when its modules are imported
@@ -48,7 +49,7 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
     try:
         ray.init(
             address=address or "local",  # else one that happens to run on this machine is joined
-            num_cpus=None if address else _cpus_wanted(config),
+            num_cpus=None if address else _cpus_wanted(config, run_dir),
             include_dashboard=None if address else False,
             runtime_env={"env_vars": settings} if address else None,
             log_to_driver=False,
@@ -65,8 +66,9 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
         ray.shutdown()
 
 
-def _cpus_wanted(config: RunConfig) -> int:
+def _cpus_wanted(config: RunConfig, run_dir: Path) -> int:
     ranks = config.train.parallel.world_size * config.cluster.cpus_per_rank
     pools = config.rollout.all_pools if config.has_rollouts else ()
-    engines = sum((pool.engines or 0) * (pool.num_cpus or 0.0) for pool in pools)
+    wanted = wishes(read_wishes(run_dir), pools) if pools else {}
+    engines = sum(wanted[pool.name].engines * (pool.num_cpus or 0.0) for pool in pools)
     return max(os.cpu_count() or 1, math.ceil(config.replicas * (ranks + engines)))

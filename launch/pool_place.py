@@ -93,21 +93,22 @@ class PoolPlace:
     def _live(self) -> None:
         """One engine, from the wait for room to its end."""
         self.name = self._next_name()
+        fault: UnfitError | LostError | None = None
         try:
             if self._has_room() and self._is_up():
                 self._serve()
-        except UnfitError as error:
-            if not self._is_drained(str(error)):
-                self._bury(error)
-        except LostError as error:
-            self._bury(error)
+        except (UnfitError, LostError) as error:
+            fault = error
         finally:
             with self._changed:
                 engine, self.engine = self.engine, None
                 self._changed.notify_all()
             if engine is not None:
                 engine.stop()
-        if self.state is State.LEAVING:
+        is_unfit = isinstance(fault, UnfitError) and self._is_drained(str(fault))
+        if fault is not None and not is_unfit:
+            self._bury(fault)
+        elif self.state is State.LEAVING:
             self.enter(Event.IDLE)
         elif self.state is State.DRAINING:
             self._renew()
