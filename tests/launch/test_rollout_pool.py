@@ -14,6 +14,7 @@ from gossamer.comm.live import CommitStats
 from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.rollout import Request, Sample
+from gossamer.launch import engine_room
 from gossamer.launch.config import PoolConfig, RecoveryConfig, RolloutConfig
 from gossamer.launch.engines_cli import places_seen
 from gossamer.launch.pool_wishes import Wish, write_wishes
@@ -240,3 +241,16 @@ def test_an_engine_that_falls_behind_is_drained_and_another_one_takes_its_unit(
     assert drained["reason"] == "3 versions behind, rollout.max_behind is 1"
     assert (drained["engine"], anew["engine"]) == ("engine-0", "engine-1")
     assert told(tmp_path, "dead") == []
+
+
+@pytest.mark.slow
+def test_an_engine_that_hangs_is_not_waited_for_for_ever(build_pool, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_room, "SILENCE_S", 2.0)
+    pool = build_pool(1, options={"num_cpus": 1.0})
+    wait_until(lambda: told(tmp_path, "ready"))
+    os.kill(int((tmp_path / "pids" / "engine-0").read_text()), signal.SIGSTOP)
+    pool.submit("0", [requests(10)], 0)
+    assert len(pool.collect("0")) == 1
+    (dead,) = told(tmp_path, "dead")
+    assert dead["reason"] == "engine-0 has not answered for 2 s"
+    assert sorted(pool.audit(0)) == ["engine-1"]
