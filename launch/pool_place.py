@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gossamer.comm.log import WeightLog
+from gossamer.comm.manifest import LogError
 from gossamer.launch.config import PoolConfig, RecoveryConfig, RolloutConfig
 from gossamer.launch.engine_actor import UnfitError
 from gossamer.launch.engine_room import TICK_S, ActorEngine, ActorRoom, LostError, UnbuiltError
@@ -188,14 +189,21 @@ class PoolPlace:
         for a version. Raises LostError, UnfitError."""
         engine, most = self.engine, self._run.rollout.max_behind
         assert engine is not None  # it serves
-        head = self._run.log.head() if most is not None else None
-        engine.look(-1 if head is None else head)
+        engine.look(-1 if most is None else self._head())
         if most is None or engine.behind <= most:
             return
         reason = f"{engine.behind} versions behind, rollout.max_behind is {most}"
         self._is_drained(reason)
         if unit is not None and (engine.version is None or engine.version < unit.oldest_version):
             raise UnfitError(reason)
+
+    def _head(self) -> int:
+        """Of the log; -1 where it is empty, or cannot be read: then nobody counts as behind."""
+        try:
+            head = self._run.log.head()
+        except (LogError, OSError):
+            return -1
+        return -1 if head is None else head
 
     # --- what happens to it ---------------------------------------------------------------------
 

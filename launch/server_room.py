@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from gossamer.comm.engines.follow import EngineError
 from gossamer.comm.engines.vllm_server import VLLMServer
 from gossamer.comm.log import WeightLog
+from gossamer.comm.manifest import LogError
 from gossamer.comm.rollout import Request, Sample
 from gossamer.launch.engine_room import TICK_S, LostError, UnbuiltError
 from gossamer.trainer.metrics import EventLog
@@ -40,12 +41,14 @@ class ServerRoom:
         return True
 
     def start(self, name: str, is_anew: bool) -> ServerEngine:
-        """Raises UnbuiltError for a URL, or a token, that cannot be used."""
+        """Raises UnbuiltError for a URL, or a token, that cannot be used; LostError without log."""
         try:
             server = VLLMServer(self._url, eos_id=self._eos_id)
+            return ServerEngine(name, server, self._log, self._events)
         except ValueError as error:
             raise UnbuiltError(str(error)) from None
-        return ServerEngine(name, server, self._log, self._events)
+        except (LogError, OSError) as error:
+            raise LostError(str(error)) from None
 
     def close(self) -> None:
         """Leaves the server alone."""
