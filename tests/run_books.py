@@ -17,7 +17,6 @@ from gossamer.comm.reader import read_state
 from gossamer.trainer.checkpoint import Checkpoint, list_checkpoints
 from gossamer.trainer.prepare import load_problems
 from gossamer.trainer.rl.prompts import prompt_batch
-from tiny_run import events
 
 SAME = ("phase", "loss", "grad_norm", "reward_mean", "samples_learned")
 """Of a step, whoever made it."""
@@ -100,7 +99,8 @@ def faults_of_versions(run_dir: Path) -> list[str]:
             if earlier and event["version"] <= earlier[-1]:
                 found.append(f"{event['engine']} went from {earlier[-1]} to {event['version']}")
             earlier.append(event["version"])
-    last = [e for e in events(run_dir, "audit") if e["version"] == len(manifests) - 1]
+    audits = [event for event in all_events(run_dir) if event["event"] == "audit"]
+    last = [event for event in audits if event["version"] == len(manifests) - 1]
     if not last or not all(event["equal"] for event in last):
         found.append(f"engines do not equal the trainer at the end: {last}")
     words = ["gossamer.launch.cli", "log", "verify", str(run_dir / "log"), "--replay"]

@@ -232,12 +232,12 @@ def run_chaos(folder: Path, seed: int, minutes: float, steps: int | None = None)
             operator = Operator(cluster, shared, shared / "run", [f"/tmp/{recipe.name}"])
             told, faults = _break_until(operator, Chaos(operator, shared, seed), minutes * 60)
             whole_s = time.time() - operator.start_s
-        if not faults:
-            recipe.write_text(json.dumps(_recipe(steps, "length_of_answer")))
-            faults = _audit(operator.run_dir, folder / "whole", recipe)
         subprocess.run(["cp", "-r", operator.run_dir, folder / "run"], check=True)
     finally:
         subprocess.run(["umount", "-l", shared], check=True)
+    if not faults:
+        recipe.write_text(json.dumps(_recipe(steps, "length_of_answer")))
+        faults = _audit(folder / "run", folder / "whole", recipe)
     history, again, late = final_history(folder / "run")
     return {
         "seed": seed,
@@ -282,6 +282,9 @@ def _break_until(operator: Operator, chaos: Chaos, for_s: float) -> tuple[list[B
     while _look_for(operator, 10):
         if time.time() - operator.start_s > 3 * for_s + STALL_S:
             return told, ["the run did not finish once it was left in peace"]
+    end_s = time.monotonic() + DRIVER_S
+    while operator.pid("driver") is not None and time.monotonic() < end_s:
+        time.sleep(0.2)  # it writes its summary
     return told, []
 
 
@@ -332,6 +335,8 @@ def _audit(run_dir: Path, whole: Path, recipe: Path) -> list[str]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
     faults = faults_of_samples(run_dir) + faults_of_versions(run_dir)
+    if not (run_dir / "summary.json").exists():
+        faults.append("the driver ended without a summary")
     return faults + faults_beside(run_dir, whole)
 
 
