@@ -78,6 +78,11 @@ class PoolPlace:
                 self.state = after(self.state, event)
             self._changed.notify_all()
 
+    def clear(self) -> None:
+        """Nobody need know any more that it was given up."""
+        if self.state is State.LOST:
+            self._tell("left")
+
     # --- an engine's life -----------------------------------------------------------------------
 
     def _tend(self) -> None:

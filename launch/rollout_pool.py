@@ -137,6 +137,8 @@ class RolloutPool:
         self._asked = asked
         wanted = wishes(asked, self._pools.values())
         with self._changed:
+            for place in self._places:
+                place.clear()
             self._places = [place for place in self._places if not place.state.is_over]
             held = [
                 Held(number=place.number, pool=place.pool.name, url=place.url)

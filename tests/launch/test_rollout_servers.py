@@ -231,3 +231,26 @@ def test_an_audit_asks_all_servers_that_may_be_asked(build, serve, tmp_path):
     assert [e["engine"] for e in events(tmp_path, "engine") if e["what"] == "unaudited"] == [
         second.url[7:]
     ]
+
+
+def test_a_place_that_was_given_up_comes_back_when_it_is_wished_for_again(build, serve, tmp_path):
+    def die(body):
+        raise ConnectionError
+
+    sick, sound = serve(), serve()
+    sick.faults = [die] * 100
+    pool = build(sick, sound)
+    for batch in range(60):
+        pool.submit(f"{batch}", units(2 * batch + 1, 2 * batch + 2), 0)
+        assert len(pool.collect(f"{batch}")) == 4  # the pool is smaller, and goes on
+        if "lost" in said(tmp_path):
+            break
+        time.sleep(0.1)
+    (lost,) = [e for e in events(tmp_path, "engine") if e["what"] == "lost"]
+    assert lost["engine"] == sick.url[7:] and lost["state"] == "lost"
+    assert "failure 4 without progress, of recovery.max_failures=3" in lost["reason"]
+    sick.faults = []
+    write_wishes(tmp_path, {"far": Wish(engines=0, urls=(sick.url, sound.url))})
+    wait_until(lambda: said(tmp_path).count("ready") > 2 and said(tmp_path)[-1] == "ready")
+    seen = [(each.engine, each.state) for each in places_seen(read_events(tmp_path))]
+    assert seen == [(sound.url[7:], "running"), (sick.url[7:], "running")]
