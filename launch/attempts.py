@@ -29,8 +29,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 PATIENCE_S = 10.0
 """Ranks that have not begun by then are told to be waiting, where they have no place."""
-PLACED = ("CREATED", "REMOVED")
-"""States of placement groups that wait for nothing."""
 
 
 class Attempts:
@@ -86,13 +84,14 @@ class Attempts:
         try:
             fit = replica.fit.remote(config.train, config.cluster, place, pool)
             watched = [fit, *([self._pool_end] if pool is not None else [])]
-            begun_s, is_told, has_places = time.monotonic(), False, False
+            begun_s, is_told = time.monotonic(), False
+            has_places: bool | None = None
             while not ray.wait(watched, timeout=REFRESH_S)[0]:
                 self._look()
                 if not has_places and (has_places := self._have_places()) and pool is not None:
                     pool.open.remote()  # not before: engines might take what only ranks can use
                 late = time.monotonic() - begun_s > PATIENCE_S
-                if late and not is_told and not has_places:
+                if late and not is_told and has_places is False:
                     is_told = self._tell_what_is_lacking()
             self._look(to_end=True)
             return self._pool_failure() or _failure(fit)
@@ -146,14 +145,15 @@ class Attempts:
         with suppress(OSError):  # a full disk; the display shows what it has
             self._events.write("lifecycle", told)
 
-    def _have_places(self) -> bool:
-        """Whether Ray Train's placement group has what it asked for."""
+    def _have_places(self) -> bool | None:
+        """Whether Ray Train's placement group has what it asked for; None: it has not asked."""
         if self._state is State.RUNNING:
             return True
-        groups = ray.util.placement_group_table().values()
         world_size = self._config.train.parallel.world_size
-        mine = [group for group in groups if len(group["bundles"]) == world_size]
-        return bool(mine) and all(group["state"] in PLACED for group in mine)
+        groups = ray.util.placement_group_table().values()
+        mine = [g["state"] for g in groups if not g["name"] and len(g["bundles"]) == world_size]
+        there = [state for state in mine if state != "REMOVED"]
+        return all(state == "CREATED" for state in there) if there else None
 
     def _tell_what_is_lacking(self) -> bool:
         cluster, world_size = self._config.cluster, self._config.train.parallel.world_size
