@@ -93,6 +93,8 @@ class RolloutConfig:
     """What a new version does to the unit an engine is sampling. keep: it is taken between two
     tokens; wait: after the unit; recompute: the tokens so far are kept and the rest is sampled
     with keys and values computed anew; abort: the whole unit is sampled again."""
+    public_key_path: str | None = None
+    """Engines follow only what the owner of this key signed (train.log.signing_key_path)."""
     max_cuts: int = 3
     """How often recompute or abort may stop one unit; after that versions wait for it."""
     max_waiting_samples: int | None = None

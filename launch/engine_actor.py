@@ -50,7 +50,7 @@ class EngineActor:
         here = open_run(run_dir)
         write_pid(here, name)
         self._events, self._name, self._rollout = EventLog(here), name, rollout
-        self._log = WeightLog.open(inside(here, LOG_FOLDER))
+        self._log = WeightLog.open(inside(here, LOG_FOLDER), public_key=rollout.public_key_path)
         self._look_s = LOOK_S if url_of(here) is None else STORE_LOOK_S
         self._version: int | None = None
         self._fault: str | None = None

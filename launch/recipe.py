@@ -108,7 +108,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         if outer.public_keys_path is not None:
             outer = replace(outer, public_keys_path=str(Path(outer.public_keys_path).absolute()))
         train = replace(train, outer=outer)
-    return replace(config, train=train)
+    rollout = config.rollout
+    if rollout.public_key_path is not None:
+        key = str(Path(rollout.public_key_path).absolute())
+        rollout = replace(rollout, public_key_path=key)
+    return replace(config, train=train, rollout=rollout)
 
 
 def _with_absolute_path(source: SourceConfig) -> SourceConfig:

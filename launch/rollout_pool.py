@@ -39,7 +39,9 @@ class RolloutPool:
             recovery=recovery,
             queue=self._queue,
             events=EventLog(self._run_dir),
-            log=WeightLog.open(inside(self._run_dir, LOG_FOLDER)),
+            log=WeightLog.open(
+                inside(self._run_dir, LOG_FOLDER), public_key=rollout.public_key_path
+            ),
             on_lost=self._go_on_without,
         )
         self._pools = {pool.name: pool for pool in rollout.all_pools}

@@ -11,8 +11,9 @@ from gossamer.comm.live import CommitStats
 from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.rollout import Request, Sample, VersionSpan
+from gossamer.comm.signing import SignatureError, write_keys
 from gossamer.launch.config import RolloutConfig
-from gossamer.launch.engine_actor import EngineActor, joined
+from gossamer.launch.engine_actor import EngineActor, UnfitError, joined
 from tiny_run import events
 
 EOS, PATIENCE_S = 1, 10.0
@@ -167,3 +168,9 @@ def test_pieces_of_one_version_become_one_span():
     whole = joined(joined(joined(None, piece((5, 6), 3)), piece((7,), 3)), piece((8, 1), 4, True))
     assert whole.token_ids == (5, 6, 7, 8, 1) and whole.finished
     assert [(s.start, s.stop, s.version) for s in whole.spans] == [(0, 3, 3), (3, 5, 4)]
+
+
+def test_engines_that_were_given_a_key_follow_nothing_else(build, tmp_path):
+    write_keys(tmp_path / "key")
+    with pytest.raises((UnfitError, SignatureError), match="is not signed"):
+        build("keep", public_key_path=str(tmp_path / "key.pub"))[0].catch_up(False)

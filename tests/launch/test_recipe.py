@@ -182,4 +182,6 @@ def test_what_crosses_sites_is_signed(monkeypatch):
     monkeypatch.delenv("GOSSAMER_SIGNING_KEY", raising=False)
     assert load_recipe("rl_two_sites", []).train.log.signing_key_path == "signing.key"
     monkeypatch.setenv("GOSSAMER_SIGNING_KEY", "/keys/trainer")
-    assert load_recipe("rl_two_sites", []).train.log.signing_key_path == "/keys/trainer"
+    config = load_recipe("rl_two_sites", [])
+    assert config.train.log.signing_key_path == "/keys/trainer"
+    assert config.rollout.public_key_path == "/keys/trainer.pub"
