@@ -41,6 +41,7 @@ class RayHosts:
             "RAY_AUTH_MODE": "token",  # without it a node does not show the head's token
             "RAY_AUTH_TOKEN": "of-the-test-bed",
             "RAY_JOB_STOP_WAIT_TIME_S": "30",
+            "RAY_raylet_start_wait_time_s": "120",  # of a busy machine
             "RAY_API_SERVER_ADDRESS": f"http://{made[0].address}:{JOBS_PORT}",
         }
         for i in range(len(made)):
@@ -92,12 +93,12 @@ class RayHosts:
                 self.command(i, *words), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
         deadline_s = time.monotonic() + START_S
-        asked = ["ray", "list", "nodes"] if i else ["gossamer", "status"]
         while True:
-            said = self.call(0, *asked)
-            if not said.returncode and (i == 0 or self._is_listed(host.address, said.stdout)):
+            for started in {0, i}:
+                assert self._processes[started].poll() is None, self.log(started)
+            said = self.call(0, "timeout", 30, "ray", "list", "nodes")
+            if not said.returncode and self._is_listed(host.address, said.stdout):
                 return
-            assert self._processes[i].poll() is None, self.log(i)
             assert time.monotonic() < deadline_s, said.stdout + said.stderr
             time.sleep(0.5)
 

@@ -14,9 +14,9 @@ from tiny_run import events
 pytestmark = [pytest.mark.testbed, pytest.mark.timeout(600)]
 SHORT = ["train.phases.0.max_steps=12", "train.phases.0.warmup_steps=5", "rollout.engines=1"]
 SHORT += ["train.phases.1.max_steps=3", "train.phases.1.warmup_steps=1"]
-# an engine of two CPUs fits the second host alone
-CPUS, ENGINE = [1, 3], ["rollout.num_cpus=2"]
-ON_THE_HEAD = ["cluster.cpus_per_rank=0.5", "cluster.labels.host=host-0"]
+# of two CPUs each, one rank fits a host, and beside it on the second the engine
+CPUS, ENGINE = [2, 3], ["rollout.labels.host=host-1"]
+APART, ON_THE_HEAD = ["cluster.cpus_per_rank=2"], ["cluster.labels.host=host-0"]
 WIRE = ("versions", "wire_bytes", "full_bytes")
 S3_PORT, CACHE = 9000, "gossamer"
 BUCKET = """
@@ -68,7 +68,7 @@ def run_demo(cluster, words, folders):
 
 def test_the_ranks_of_a_submitted_run_are_on_two_hosts(two_hosts):
     cluster, shared = two_hosts
-    words = ["gossamer", "submit", "demo", *SHORT, *ENGINE, "--run-dir", f"{SHARED}/run"]
+    words = ["gossamer", "submit", "demo", *SHORT, *ENGINE, *APART, "--run-dir", f"{SHARED}/run"]
     _, where, carried = run_demo(cluster, words, [shared / "run"])
     assert (where["driver"], where["engine-0"]) == (0, 1)
     assert {where["rank-0"], where["rank-1"]} == {0, 1}
