@@ -1,8 +1,9 @@
 """What a pool asks of a vLLM server, over real HTTP, by a server that can be told to misbehave."""
 
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
+
+from json_server import JsonHandler
 
 EOS = 1
 
@@ -22,27 +23,19 @@ class SamplingServer:
     def begin(self, port=0):
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_GET(self):  # noqa: N802
                 self.answer(self.path, None)
 
             def do_POST(self):  # noqa: N802
-                length = int(self.headers["Content-Length"])
-                self.answer(self.path, json.loads(self.rfile.read(length)))
+                self.answer(self.path, self.body())
 
             def answer(self, path, body):
                 try:
                     status, found = server.serve(path, body, self.headers)
                 except ConnectionError:
                     return self.connection.close()
-                data = json.dumps(found).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments):
-                pass
+                self.reply(status, found)
 
         class Server(ThreadingHTTPServer):
             request_queue_size = 128

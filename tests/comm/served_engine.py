@@ -1,13 +1,13 @@
 """A server with vLLM's routes for weight updates, in this process, over real HTTP; for tests."""
 
-import json
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from gossamer.comm.engines.rank import RankFollower
 from gossamer.comm.log import WeightLog
+from json_server import JsonHandler
 from served_model import ServedModel, loaded, runtime_of
 
 EVERY = "audit_every_versions"
@@ -22,21 +22,14 @@ class ServedEngine:
         self.begin()
         engine = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(JsonHandler):
             def do_POST(self):  # noqa: N802
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.body()
                 try:
                     status, answer = 200, engine.serve(urlsplit(self.path), body)
                 except Exception as error:
                     status, answer = 500, {"error": {"message": f"{error}"}}
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments):
-                pass
+                self.reply(status, answer)
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
