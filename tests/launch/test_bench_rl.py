@@ -73,7 +73,8 @@ def test_quick_rows_and_their_table(tmp_path, capsys):
         assert row["samples_per_s"] > 0 and 0 <= row["trainer_idle"] <= 1
         assert 0 < row["pause_s"] < row["step_to_token_s"] <= row["step_to_token_p90_s"]
     synchronous, asynchronous = result["rows"]
-    assert (synchronous["staleness_mean"], asynchronous["staleness_mean"]) == (0.0, 1.0)
+    # a version may come while a batch is in the making: its later tokens are of that one
+    assert synchronous["staleness_mean"] == 0 < asynchronous["staleness_mean"] <= 1
     (sparsity,) = result["sparsity"]
     assert 0 < sparsity["net_share"] <= sparsity["ever_share"] < 1
     assert main(["bench", "table", str(out)]) == 0
