@@ -14,10 +14,14 @@ from tiny_run import SETTINGS
 
 STEPS, DENSE_AT = 7, 6
 RIGL = {
-    "match": ["*.experts.*_proj.weight"],
+    "match": ["*.experts.*.gate_proj.weight", "*.experts.*.up_proj.weight"],
     "distribution": {"kind": "erk"},
     "schedule": {"density": 0.4, "every_steps": 2},
     "regrow": {"criterion": "gradient", "share": 0.5, "stop": 1.0},
+}
+SET = RIGL | {
+    "match": ["*.experts.*.down_proj.weight"],
+    "regrow": {"criterion": "random", "share": 0.5, "stop": 1.0},
 }
 SPDF = {
     "match": ["*.self_attn.*_proj.weight"],
@@ -29,15 +33,15 @@ SPDF = {
 def settings(world: int) -> dict:
     phase = {"name": "pretrain", "kind": "next_token", "max_steps": STEPS, "lr": 0.01}
     found = copy.deepcopy(SETTINGS)
-    found |= {"phases": [phase], "sparsity": {"rules": [RIGL, SPDF]}, "task": None}
+    found |= {"phases": [phase], "sparsity": {"rules": [RIGL, SET, SPDF]}, "task": None}
     found["data"]["task_share"] = 0.0
     found["parallel"] = {"expert": world, "zero_stage": world - 1}
     return found
 
 
 def watched(run_dir: str, world: int) -> dict[str, list]:
-    """Of each change: (step, density before, after, grown, weights and moments of grown that are
-    not 0, the same of what is masked)."""
+    """By kind of matrix, of each change: (step, density before, after, grown, weights and moments
+    of grown that are not 0, the same of what is masked)."""
     from gossamer.trainer.session import RunPlace, Session
 
     config = build_config(TrainConfig, settings(world), "train")
@@ -45,7 +49,7 @@ def watched(run_dir: str, world: int) -> dict[str, list]:
         config, RunPlace(run_dir=Path(run_dir), name="test"), None, on_checkpoint=lambda step: None
     )
     session.start()
-    phase, seen = session.phase(), {"experts": [], "self_attn": [], "lr": []}
+    phase, seen = session.phase(), {"up_proj": [], "down_proj": [], "self_attn": [], "lr": []}
 
     def rows() -> dict:
         found = {}
@@ -61,7 +65,7 @@ def watched(run_dir: str, world: int) -> dict[str, list]:
         before = rows()
         session.sync_replicas(phase)
         after = rows()
-        for kind in ("experts", "self_attn"):
+        for kind in ("up_proj", "down_proj", "self_attn"):
             count = torch.zeros(5, dtype=torch.int64)
             for place in (place for place in after if kind in place[0]):
                 old, new = before[place]["mask"], after[place]["mask"]
@@ -114,15 +118,16 @@ def test_a_bit_that_differs_between_ranks_ends_the_run(tmp_path, zero_stage):
 
 
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_rigl_and_spdf_change_masks_and_nothing_of_the_old_weights_stays(tmp_path, world):
+def test_rigl_set_and_spdf_change_masks_and_nothing_of_the_old_weights_stays(tmp_path, world):
     prepare_run(build_config(TrainConfig, settings(world), "train"), tmp_path, "test")
     seen, *others = run_world(watched, world, str(tmp_path), world)
     assert others == [seen] * (world - 1)
-    changed = [step for step, _, _, grown, _, _ in seen["experts"] if grown]
-    assert changed == [2, 4, 6]
-    for step, before, after, _, alive, masked in seen["experts"]:
-        assert before == after, step
-        assert alive == masked == 0, step
+    for kind in ("up_proj", "down_proj"):
+        changed = [step for step, _, _, grown, _, _ in seen[kind] if grown]
+        assert changed == [2, 4, 6], kind
+        for step, before, after, _, alive, masked in seen[kind]:
+            assert before == after, (kind, step)
+            assert alive == masked == 0, (kind, step)
     for step, before, after, grown, alive, masked in seen["self_attn"]:
         assert masked == 0
         assert (grown, alive) == ((after - before, 0) if step == DENSE_AT else (0, 0))

@@ -58,7 +58,8 @@ class Band:
     momentum_RC: Tensor | None = None
     """The optimizer's first moment."""
     tokens: int | None = None
-    """That the expert saw in the window; None for what every token passes through."""
+    """That the expert saw in the window; None for what every token passes through, and where no
+    gradient was asked for: there is no window then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,7 +204,7 @@ class SparseRun:
             mask_RC=rows.moments[MASK],
             gradient_RC=rows.moments.get(WINDOW),
             momentum_RC=rows.moments.get("exp_avg"),
-            tokens=self.window_tokens(rows.name) if rows.name in self.experts else None,
+            tokens=self._window.get(rows.name),
         )
 
     def _alive(self) -> dict[str, float]:
