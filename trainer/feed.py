@@ -6,9 +6,11 @@ tensors, so all ranks run the same plan without holding any of its state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,6 +26,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 DTYPES = (torch.int64, torch.int64, *[torch.float32] * 5)
 """Of the fields of TokenBatch and PolicyBatch, in order."""
+MEET_S = 60.0
+"""Far less than what gloo lets a rank wait for the others (half an hour, by Ray's default)."""
+T = TypeVar("T")
 
 
 class Feed:
@@ -68,8 +73,14 @@ class Feed:
             # only rank 0 has any
             drawn = next(self._batches[phase.kind]) if phase.kind in self._batches else None
             return _broadcast(drawn, TokenBatch), None
-        batch, statistics = self.rollouts.collect(phase_step) if self.rollouts else (None, None)
+        rollouts = self.rollouts
+        found = of_first_rank(rollouts and (lambda: rollouts.collect(phase_step)))
+        batch, statistics = found or (None, None)
         return _broadcast(batch, PolicyBatch), statistics
+
+    def heldout_exact_match(self) -> tuple[float, int] | None:
+        """See RolloutBatches; on rank 0 alone. A collective call."""
+        return of_first_rank(self.rollouts and self.rollouts.heldout_exact_match)
 
     def heldout(self, kind: str) -> TokenBatch:
         """The rows of config.heldout for phases of `kind`: the same ones on every call and rank.
@@ -88,6 +99,34 @@ class Feed:
         if dist.get_rank() != 0:
             return None
         return {kind: loader.state_dict() for kind, loader in self._loaders.items()}
+
+
+def of_first_rank(call: Callable[[], T] | None) -> T | None:
+    """What rank 0's `call` returns, there alone, however long it takes. A collective call.
+
+    call: None on the other ranks. Raises on rank 0 what it raises. While it waits for engines, say
+    for a server that is away, all ranks meet every MEET_S, so no collective times out.
+    """
+    if call is not None and dist.get_world_size() == 1:
+        return call()
+    answer: Future[T] = Future()
+    if call is not None:
+        # not an executor's: that one's threads would be waited for when the process ends
+        threading.Thread(target=_answer, args=(answer, call), daemon=True).start()
+    is_there = torch.tensor(0)
+    while not is_there:
+        if call is not None and wait([answer], MEET_S).done:
+            answer.result()  # or raises
+            is_there += 1
+        dist.broadcast(is_there, src=0)
+    return answer.result() if call is not None else None
+
+
+def _answer(answer: Future[T], call: Callable[[], T]) -> None:
+    try:
+        answer.set_result(call())
+    except BaseException as error:
+        answer.set_exception(error)
 
 
 def _broadcast(batch: TokenBatch | None, batch_class: type[TokenBatch]) -> TokenBatch:

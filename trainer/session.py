@@ -338,9 +338,9 @@ class Session:
             self._wandb = WandbMirror(place.run_dir, place.name, config.metrics, asdict(config))
 
     def _measure_heldout(self) -> None:
-        if self._feed.rollouts:
-            exact, problems = self._feed.rollouts.heldout_exact_match()
-            self._event_eval("heldout", exact, problems)
+        found = self._feed.heldout_exact_match()
+        if found is not None:
+            self._event_eval("heldout", *found)
 
     def _event_eval(self, name: str, exact_match: float, problems: int) -> None:
         self._event(

@@ -1,16 +1,21 @@
 """What the ranks of a replica read, however many they are, and on from where others stopped."""
 
 import json
+import os
+import time
+from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo_world import run_world
 from gossamer.launch.recipe import build_config
+from gossamer.trainer import feed as feed_module
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.data.source import is_heldout
-from gossamer.trainer.feed import Feed
+from gossamer.trainer.feed import Feed, of_first_rank
 from gossamer.trainer.prepare import load_run_tokenizer, prepare_run
 
 TEXTS = [f"{number:03}{'abc' * (number % 9)}" for number in range(100)]
@@ -107,3 +112,36 @@ def documents_of(batch: torch.Tensor) -> list[list[int]]:
             if token:
                 documents[-1].append(token)
     return documents
+
+
+def wait_longer_than_gloo(store: str) -> dict:
+    """What each rank got of a call that takes three times the group's timeout."""
+    dist.destroy_process_group()
+    rank, patience = int(os.environ["RANK"]), timedelta(seconds=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=patience
+    )
+
+    def slow() -> str:
+        time.sleep(3)
+        return "it came"
+
+    with mock.patch.object(feed_module, "MEET_S", 0.3):
+        found = {"slow": of_first_rank(slow if rank == 0 else None)}
+        found["fast"] = of_first_rank((lambda: 7) if rank == 0 else None)
+    return found
+
+
+def test_other_ranks_wait_for_the_first_longer_than_a_collective_may(tmp_path):
+    found = run_world(wait_longer_than_gloo, 2, str(tmp_path / "store"))
+    assert found == [{"slow": "it came", "fast": 7}, {"slow": None, "fast": None}]
+
+
+def test_what_the_first_rank_raises_is_raised(folder):
+    def fail() -> None:
+        raise ValueError("no prompt was answered")
+
+    with mock.patch.object(dist, "get_world_size", lambda: 2):
+        with mock.patch.object(dist, "broadcast", lambda *_, src: None):
+            with pytest.raises(ValueError, match="no prompt was answered"):
+                of_first_rank(fail)
