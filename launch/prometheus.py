@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hmac
 import threading
+from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from gossamer.launch.display import EventTail
 from gossamer.launch.endpoint import token_for
 from gossamer.launch.run_argument import open_here
-from gossamer.launch.summary import NOT_THERE, Event
+from gossamer.launch.summary import Event
 
 TOKEN_VARIABLE = "GOSSAMER_METRICS_TOKEN"
 PORT = 9470
@@ -38,16 +39,25 @@ METRICS = {
     "change_density_ratio": "share of the elements that the last delta changed",
     "eval_exact_match_ratio": "of the last evaluation of that name",
     "checkpoint_step": "of the last checkpoint that is whole",
-    "engine_up": "1 until the engine is found dead",
+    "engine_up": "1 of an engine that is there, 0 while its place or its server is waited for",
     "engine_version": "that the engine holds",
     "engine_samples_total": "completions sampled",
     "engine_generated_tokens_total": "tokens sampled",
     "engine_generate_seconds_total": "time spent sampling",
     "engine_pause_seconds_total": "time that commits held sampling up",
-    "engine_audit_equal": "1 if the last audit found the trainer's bits, 0 if not",
+    "engine_audit_equal": "1 if the proof at the run's end found the trainer's bits, 0 if not",
     "engine_deaths_total": "engines found dead",
+    "engine_drains_total": "engines found unfit: not the log's bits, too far behind, other",
 }
 """What is served, each with `gossamer_` before its name; *_total are counters."""
+
+OF_AN_ENGINE = ("engine_up", "engine_version", "engine_audit_equal")
+"""Gauges that go with it."""
+GONE = frozenset({"dead", "lost", "left", "drained"})
+BEGINS = frozenset({"waits", "start", "replaced", "reseeded"})
+"""What is said first of an engine, or of one of the same name as one that is gone."""
+DRAINS = {"bits": "its live weights hash to", "behind": "versions behind", "other": ""}
+"""Why an engine is drained, and what the told reason holds."""
 
 
 class Numbers:
@@ -55,6 +65,11 @@ class Numbers:
 
     def __init__(self) -> None:
         self._values: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+        self._gone: set[str] = set()
+        """Engines that may yet finish what they do."""
+        self._add("engine_deaths_total", 0)  # a series that begins with 1 has no rate
+        for cause in DRAINS:
+            self._add("engine_drains_total", 0, reason=cause)
 
     def take(self, event: Event) -> None:
         """Takes one event in; unknown ones only move the time of the last."""
@@ -83,14 +98,25 @@ class Numbers:
                 self._set("checkpoint_step", event["step"])
             case "audit":
                 self._set("engine_audit_equal", int(event["equal"]), engine=event["engine"])
+            case "pools":  # made anew, with engines of its own
+                for name in OF_AN_ENGINE:
+                    self._values[name].clear()
+                self._gone.clear()
             case "engine":
                 self._take_engine(event)
 
     def _take_engine(self, event: Event) -> None:
-        engine = {"engine": event["engine"]}
-        self._set("engine_up", int(event["what"] not in NOT_THERE), **engine)
-        self._set("engine_version", event.get("version"), **engine)
-        match event["what"]:
+        what, engine = event["what"], {"engine": event["engine"]}
+        if what in GONE:
+            self._gone.add(event["engine"])
+            for name in OF_AN_ENGINE:
+                self._values[name].pop(_labels(engine), None)
+        elif what in BEGINS:
+            self._gone.discard(event["engine"])
+        if event["engine"] not in self._gone:
+            self._set("engine_up", int(what != "waits"), **engine)
+            self._set("engine_version", event.get("version"), **engine)
+        match what:
             case "generate":
                 self._add("engine_samples_total", event.get("samples"), **engine)
                 self._add("engine_generated_tokens_total", event.get("tokens"), **engine)
@@ -99,6 +125,10 @@ class Numbers:
                 self._add("engine_pause_seconds_total", event.get("pause_s"), **engine)
             case "dead":
                 self._add("engine_deaths_total", 1)
+            case "drained":
+                told = str(event.get("reason"))
+                cause = next(cause for cause, words in DRAINS.items() if words in told)
+                self._add("engine_drains_total", 1, reason=cause)
 
     def text(self, run: str) -> str:
         """All of it as Prometheus reads it; every line has the label `run`."""
@@ -114,13 +144,16 @@ class Numbers:
 
     def _set(self, name: str, value: float | None, /, **labels: str) -> None:
         if value is not None:
-            key = "".join(f",{_label(label, word)}" for label, word in labels.items())
-            self._values[name][key] = value
+            self._values[name][_labels(labels)] = value
 
     def _add(self, name: str, value: float | None, /, **labels: str) -> None:
         if value is not None:
-            key = "".join(f",{_label(label, word)}" for label, word in labels.items())
-            self._values[name][key] = self._values[name].get(key, 0) + value
+            values, key = self._values[name], _labels(labels)
+            values[key] = values.get(key, 0) + value
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    return "".join(f",{_label(label, word)}" for label, word in labels.items())
 
 
 def _label(name: str, word: str) -> str:

@@ -2,10 +2,12 @@
 
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from gossamer.launch.endpoint import is_loopback
-from gossamer.launch.prometheus import METRICS, TOKEN_VARIABLE, MetricsServer
+from gossamer.launch.engine_actor import EngineActor
+from gossamer.launch.prometheus import DRAINS, METRICS, TOKEN_VARIABLE, MetricsServer, Numbers
 from gossamer.launch.summary import of_kind, read_events, summarise
 from prometheus_client.parser import text_string_to_metric_families
 from synthetic_run import write_run
@@ -58,6 +60,56 @@ def test_it_goes_on_with_the_run(server, tmp_path):
     assert after["gossamer_checkpoint_step", None] == 777
     changed = {name for (name, _), value in after.items() if before[name, _] != value}
     assert changed == {"gossamer_checkpoint_step", "gossamer_last_event_timestamp_seconds"}
+
+
+def engines_told(*told):
+    """The numbers after (engine, what, version, reason) events; pools made anew are a None."""
+    numbers = Numbers()
+    for each in told:
+        if each is None:
+            numbers.take({"event": "pools", "time_s": 1.0, "pools": ["engine"]})
+            continue
+        engine, what, version, *reason = each
+        event = {"event": "engine", "engine": engine, "what": what, "version": version}
+        numbers.take(event | {"time_s": 1.0, "reason": "".join(reason)})
+    families = text_string_to_metric_families(numbers.text("r"))
+    found = [sample for family in families for sample in family.samples]
+    return {(s.name.removeprefix("gossamer_"), *[*s.labels.values()][1:]): s.value for s in found}
+
+
+def test_an_engine_that_is_gone_leaves_no_gauge_behind():
+    lived = [("engine-0", "start", None), ("engine-0", "commit", 4), ("engine-1", "commit", 5)]
+    for what in ("dead", "left", "lost", "drained"):
+        # one that is drained may finish its unit
+        found = engines_told(*lived, ("engine-0", what, None), ("engine-0", "generate", 4))
+        assert ("engine_version", "engine-0") not in found
+        assert ("engine_up", "engine-0") not in found
+        assert found["engine_version", "engine-1"] == 5
+    # a server comes back under its name; a new driver's engines are others
+    again = [("engine-0", "dead", None), ("engine-0", "waits", None)]
+    assert engines_told(*lived, *again)["engine_up", "engine-0"] == 0
+    up = engines_told(*lived, *again, ("engine-0", "replaced", None), ("engine-0", "ready", 9))
+    assert (up["engine_up", "engine-0"], up["engine_version", "engine-0"]) == (1, 9)
+    found = engines_told(*lived, None, ("engine-0", "ready", 7))
+    assert ("engine_up", "engine-1") not in found and found["engine_version", "engine-0"] == 7
+
+
+def test_a_failed_audit_while_the_run_goes_is_counted():
+    actor = object.__new__(EngineActor)
+    actor._version, actor._fault = 3, None
+    actor._engine = SimpleNamespace(audit=lambda: "beef")
+    actor._log = SimpleNamespace(manifest=lambda version: SimpleNamespace(state_hash="cafe"))
+    actor._check_bits()
+    assert engines_told() == {
+        ("engine_deaths_total",): 0,
+        **{("engine_drains_total", cause): 0 for cause in DRAINS},
+    }
+    found = engines_told(
+        ("engine-0", "drained", None, actor._fault),
+        ("engine-1", "drained", None, "5 versions behind, rollout.max_behind is 4"),
+        ("engine-2", "drained", None, "LogError: frame 3 is damaged"),
+    )
+    assert [found["engine_drains_total", c] for c in ("bits", "behind", "other")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("server", [{TOKEN_VARIABLE: "s3cret"}], indirect=True)
