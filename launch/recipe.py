@@ -23,7 +23,9 @@ SHIPPED = Path(__file__).parent / "recipes"
 
 
 SECRET = re.compile(
-    r"://[^/@\s]*:[^/@\s]+@|[?&](sig|token|access_token|api_key|password|X-Amz-\w+)=", re.IGNORECASE
+    r"://[^/@\s]*:[^/@\s]+@"
+    r"|[?&](sig\w*|code|[\w-]*(key|token|secret|password|credential|signature)[\w-]*|X-Amz-\w+)=",
+    re.IGNORECASE,
 )
 """What a URL with a secret in it looks like."""
 

@@ -229,6 +229,9 @@ def _submit(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 "submit --resume RUN_DIR takes overrides, no recipe and no other folder"
             )
+        for override in overrides:  # they go into the job's command, which Ray shows
+            key, _, value = override.partition("=")
+            refuse_secrets(value, key)
         run_dir = arguments.resume
         words = ["resume", _of_its_home(run_dir), *map(shlex.quote, overrides)]
         name = Path(run_dir).name

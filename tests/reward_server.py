@@ -48,7 +48,7 @@ def serve_rewards(
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/judge?of=sums"
+        yield f"http://127.0.0.1:{server.server_port}/judge/sums"
     finally:
         server.shutdown()
         server.server_close()

@@ -170,7 +170,12 @@ def test_what_is_dumped_loads_as_the_same_config(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "url", ["https://me:hunter2@host/x", "az://c/x?sig=hunter2", "https://h/x?a=1&Token=hunter2"]
+    "url",
+    [
+        "https://me:hunter2@host/x",
+        *("az://c/x?sig=hunter2", "https://h/x?a=1&Token=hunter2", "https://h/x?sig2=hunter2"),
+        *("https://h/x?code=hunter2", "https://h/x?subscription-key=hunter2", "x?key=hunter2"),
+    ],
 )
 def test_a_url_with_a_secret_is_refused_and_not_repeated(url):
     with pytest.raises(RecipeError, match=r"train\.checkpoint\.url holds a secret") as refused:

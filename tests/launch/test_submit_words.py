@@ -90,11 +90,16 @@ def test_a_job_that_failed_fails_here(head, capsys):
         (["demo", "--run-dir", "runs/x"], "run folder runs/x: expected an absolute path"),
         ([], "expected a recipe, or --resume RUN_DIR"),
         (["demo", "--resume", "/x"], "takes overrides, no recipe"),
+        (
+            ["--resume", "/x", "train.outer.url=https://u:hunter2@h"],
+            "train.outer.url holds a secret; expected a plain URL",
+        ),
     ],
 )
 def test_what_would_mean_something_else_there_is_refused(head, capsys, words, reason):
     assert main(["submit", *words]) == 1
-    assert reason in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert reason in said and "hunter2" not in said
     assert not head.sent
 
 

@@ -1,5 +1,6 @@
 """The reward that a service tells, and services that do what they should not."""
 
+import threading
 import time
 
 import pytest
@@ -37,8 +38,8 @@ def test_it_is_sent_what_was_asked_and_the_token(monkeypatch):
         assert build(url)("71", PROBLEM, True) == 0.0
     told = {"question": "8 + 9 =", "answer": "17", "finished": True}
     assert seen == [
-        ("/judge?of=sums", None, {**told, "completion": "17"}),
-        ("/judge?of=sums", "Bearer s3cret", {**told, "completion": "71"}),
+        ("/judge/sums", None, {**told, "completion": "17"}),
+        ("/judge/sums", "Bearer s3cret", {**told, "completion": "71"}),
     ]
 
 
@@ -83,22 +84,28 @@ def test_a_service_that_does_not_tell_a_score(status, body, asked, sentence):
 
 @pytest.mark.parametrize("kind", ["hangs", "drips", "drips its head"])
 def test_nobody_waits_longer_than_the_timeout(kind):
-    def judge(handler, asked):
-        if kind == "hangs":
-            time.sleep(3)
-        elif kind == "drips":
-            answer(handler, 200, b'{"score":               1}', pause_s=0.2)
-        else:
-            for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 99:
-                time.sleep(0.1)
-                handler.wfile.write(bytes([byte]))
+    is_over = threading.Event()
 
-    start_s = time.monotonic()
+    def judge(handler, asked):
+        """Without end, so that a bound is none of this machine's speed."""
+        begun = {
+            "hangs": b"",
+            "drips": b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n",
+            "drips its head": b"HTTP/1.1 200 OK\r\nX: ",
+        }[kind]
+        handler.wfile.write(begun)
+        while not is_over.wait(0.1):
+            handler.wfile.write(b" " if begun else b"")
+
     with serve_rewards(judge) as url:
         reward = build(url, attempts=2, timeout_s=0.4)
-        with pytest.raises(RewardError, match=r"no whole answer in 0.4 s|timed out"):
-            reward("17", PROBLEM, True)
-        assert time.monotonic() - start_s < 2
+        start_s = time.monotonic()
+        try:
+            with pytest.raises(RewardError, match=r"no whole answer in 0.4 s|timed out"):
+                reward("17", PROBLEM, True)
+            assert time.monotonic() - start_s < 20
+        finally:
+            is_over.set()
 
 
 def test_nobody_there():
@@ -120,6 +127,7 @@ def test_a_token_crosses_no_network_in_clear(monkeypatch):
     [
         (lambda: HTTPRewardConfig(url="ftp://host/x"), "rl.http.url is not http"),
         (lambda: HTTPRewardConfig(url="http://me:pw@host/x"), "rl.http.url is not .*user name"),
+        (lambda: HTTPRewardConfig(url="https://host/x?code=pw"), "rl.http.url is not .*a query"),
         (lambda: HTTPRewardConfig(url="http://h", timeout_s=0), "rl.http.timeout_s is 0"),
         (lambda: HTTPRewardConfig(url="http://h", attempts=0), "rl.http.attempts is 0"),
         (lambda: RLConfig(reward="http"), "rl.http is missing"),

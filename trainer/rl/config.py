@@ -42,9 +42,11 @@ class HTTPRewardConfig:
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
         _require(
-            parts.scheme in ("http", "https") and bool(parts.hostname) and parts.username is None,
-            "rl.http.url is not http(s)://host/path without a user name; secrets come from"
-            " rl.http.token_variable",
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and not (parts.username or parts.password or parts.query or parts.fragment),
+            "rl.http.url is not http(s)://host[:port][/path] without a user name and a query: it is"
+            " written down; secrets come from rl.http.token_variable",
         )
         _require(self.timeout_s > 0, f"rl.http.timeout_s is {self.timeout_s}; expected more than 0")
         _require(self.attempts >= 1, f"rl.http.attempts is {self.attempts}; expected at least 1")

@@ -41,7 +41,7 @@ class HTTPReward:
         parts = urlsplit(self._config.url)
         self._is_tls, self._host = parts.scheme == "https", parts.hostname or ""
         self._port = parts.port
-        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._target = parts.path or "/"
         self._headers = {"Content-Type": "application/json"}
         token = os.environ.get(self._config.token_variable)
         if token:
