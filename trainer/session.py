@@ -284,7 +284,9 @@ class Session:
         done = self.progress.phase_step >= phase.max_steps
         is_due = self.progress.phase_step % phase.eval_every_steps == 0 or done
         if phase.kind == "next_token" and phase.until_exact_match is not None and is_due:
+            start_s = time.perf_counter()
             exact = greedy_exact_match(self.model, self.dims, self._dev, self.config.data.seq_len)
+            self._clock_s += time.perf_counter() - start_s  # as in `evaluate`
             self._event_eval("dev", exact, len(self._dev.documents))
             done = done or exact >= phase.until_exact_match
         return done
