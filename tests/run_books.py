@@ -69,6 +69,8 @@ def faults_of_samples(run_dir: Path) -> list[str]:
         wanted = {
             (numbered[number], g) for number in asked for g in range(rl["samples_per_prompt"])
         }
+        if event["staleness_max"] > rl["max_staleness"]:
+            found.append(f"step {event['step']} learned from {event['staleness_max']} versions ago")
         learned = [(int(p), g) for p, gs in event["samples_learned"].items() for g in gs]
         if set(learned) != wanted or len(learned) != len(wanted):
             found.append(f"step {event['step']} learned from {sorted(learned)}, not what was asked")

@@ -5,6 +5,7 @@ the operator does is what docs/operations.md says: start nodes that are gone, an
 `gossamer submit --resume` once the driver is dead. Needs Linux, root and iproute2.
 
     python tests/e2e/chaos.py --seed 3 --minutes 10 --json chaos.json
+    python tests/e2e/chaos.py --seed 3 --minutes 4 --staleness 1    # audits, and bits that flip
 """
 
 from __future__ import annotations
@@ -18,16 +19,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from chaos_operator import DRIVER_S, Broken, Operator  # noqa: E402
 from gossamer.launch.testbed import unusable  # noqa: E402
-from ray_hosts import SHARED, RayHosts, ray_hosts  # noqa: E402
+from ray_hosts import ray_hosts  # noqa: E402
 from run_books import (  # noqa: E402
     all_events,
     faults_beside,
@@ -37,128 +40,46 @@ from run_books import (  # noqa: E402
 )
 from tiny_run import SETTINGS  # noqa: E402
 
+T = TypeVar("T")
 CPUS = [0, 2, 2]
 """The head's host runs driver, pool and replica; two ranks and two engines are on the others."""
 DISK = "400m"
 STEPS_PER_MINUTE = 60
 ENOUGH = 5
 """New updates after which a thing that was broken is got over."""
-DRIVER_S = 90.0
-"""What Ray may take to start the driver of a job."""
 STALL_S = 300.0
 """Without them for so long is a fault."""
 ACTORS = {"engine": 4, "rank": 4, "pool": 1, "replica": 1, "driver": 1}
 THINGS = {"actor": 10, "node": 2, "head": 1, "link": 3, "disk": 2}
 """What is broken, and how often in proportion."""
-
-
-@dataclass(kw_only=True)
-class Broken:
-    """One thing that was broken, and how the run took it."""
-
-    at_s: float
-    """Since the run was sent."""
-    what: str
-    by_operator: list[str]
-    """What had to be done by hand."""
-    next_step_s: float | None = None
-    """From the breaking to the next update never made before; None: the run was over."""
-    pause_s: float = 0.0
-    """The longest time without any update, up to the fifth such one."""
-    made_again: int = 0
-    """Updates up to then that had been made before."""
-
-    def taken(self) -> str:
-        """A line of the report."""
-        if self.next_step_s is None:
-            return "the run was over"
-        told = f"next new update after {self.next_step_s:.1f} s, longest pause {self.pause_s:.1f} s"
-        told += f", {self.made_again} made again" if self.made_again else ""
-        return told + (f"; by hand: {', '.join(self.by_operator)}" if self.by_operator else "")
-
-
-class Operator:
-    """Whoever looks after the run; `broken` is the thing that is being got over."""
-
-    def __init__(self, cluster: RayHosts, shared: Path, run_dir: Path, words: list[str]) -> None:
-        self.cluster, self._shared, self.run_dir = cluster, shared, run_dir
-        self._inside = f"{SHARED}/{run_dir.name}"
-        self.broken: Broken | None = None
-        for i in range(len(cluster.hosts)):
-            cluster.start(i)
-        self.start_s = time.time()
-        self._send(*words, "--run-dir", self._inside)
-
-    def _send(self, *words: object) -> None:
-        sent = self.cluster.call(0, "gossamer", "submit", *words, "--detach")
-        assert not sent.returncode, sent.stdout + sent.stderr
-        self._sent_s, self._is_there = time.monotonic(), False
-
-    def pid(self, role: str) -> int | None:
-        """Of a process of the run that lives."""
-        with suppress(FileNotFoundError, ValueError):
-            pid = int((self.run_dir / "pids" / role).read_text())
-            return pid if self.cluster.where(pid) is not None else None
-        return None
-
-    def pool_pid(self) -> int | None:
-        """The pool's actor writes no file; Ray names its process."""
-        words = ["ip", "netns", "pids", self.cluster.hosts[0].namespace]
-        for pid in subprocess.run(words, capture_output=True, text=True).stdout.split():
-            with suppress(FileNotFoundError, ProcessLookupError):
-                if b"ray::RolloutPool" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return int(pid)
-        return None
-
-    def is_finished(self) -> bool:
-        if not (self.run_dir / "metrics.jsonl").exists():
-            return False
-        return any(
-            e["event"] == "run_end" and e["reason"] == "finished" for e in all_events(self.run_dir)
-        )
-
-    def look(self) -> None:
-        """Starts nodes that are gone; resumes the run when its driver is dead."""
-        for i in range(1, len(self.cluster.hosts)):
-            if not self.cluster.is_running(i) and self.cluster.is_running(0):
-                self.cluster.kill(i)
-                self.cluster.start(i)
-                self._note(f"ray start on host {i}")
-        is_there = self.pid("driver") is not None
-        self._is_there |= is_there
-        is_due = self._is_there or time.monotonic() - self._sent_s > DRIVER_S
-        if not is_there and is_due and not self.is_finished():
-            self._send("--resume", self._inside)
-            self._note("gossamer submit --resume")
-
-    def _note(self, what: str) -> None:
-        if self.broken is not None:
-            self.broken.by_operator.append(what)
-
-    def break_head(self, away_s: float) -> None:
-        """All processes of the head's host die; nodes are stopped before a new head starts."""
-        hosts = range(len(self.cluster.hosts))
-        for i in hosts:
-            self.cluster.kill(i)
-            time.sleep(away_s if i == 0 else 0)
-        for i in hosts:
-            self.cluster.start(i)
-        self._note("ray start on all hosts")
-        self._send("--resume", self._inside)
-        self._note("gossamer submit --resume")
+FLIPS = 8
+"""The same, of bits of an engine's live weights, where it is audited."""
+AUDITED = {
+    "engine": "flippable_engine:FlippableEngine",
+    "audit_every_versions": 3,
+    "max_behind": 8,
+}
 
 
 class Chaos:
-    """Draws what to break, and breaks it."""
+    """Draws when to break what, and breaks it."""
 
-    def __init__(self, operator: Operator, shared: Path, seed: int) -> None:
+    def __init__(self, operator: Operator, shared: Path, seed: int, has_audits: bool) -> None:
         self._operator, self._cluster, self._shared = operator, operator.cluster, shared
-        self._random = random.Random(seed)
+        self._random, self._pauses = random.Random(seed), random.Random(f"pauses {seed}")
+        self._things = {**THINGS, "flip": FLIPS} if has_audits else THINGS
+
+    def pause_s(self) -> float:
+        """Until something is to be broken."""
+        return self._pauses.uniform(1, 10)
 
     def break_something(self) -> Broken:
-        """What was broken; a cut link and a full disk are mended again before it returns."""
+        """What was broken; a cut link and a full disk are mended again before it returns.
+
+        Raises LookupError where there is nothing to be broken although the run goes on.
+        """
         draw = self._random
-        thing = draw.choices([*THINGS], [*THINGS.values()])[0]
+        thing = draw.choices([*self._things], [*self._things.values()])[0]
         broken = Broken(at_s=time.time() - self._operator.start_s, what=thing, by_operator=[])
         self._operator.broken = broken
         getattr(self, f"_{thing}")(broken)
@@ -166,17 +87,43 @@ class Chaos:
 
     def _actor(self, broken: Broken) -> None:
         kind = self._random.choices([*ACTORS], [*ACTORS.values()])[0]
-        number, operator = self._random.random(), self._operator
+        number = self._random.random()
+        role, pid = self._wait_for(lambda: self._living(kind, number), f"a living {kind}")
+        os.kill(pid, signal.SIGKILL)
+        broken.what = f"SIGKILL to {role}"
+
+    def _living(self, kind: str, number: float) -> tuple[str, int] | None:
+        """(role, pid) of one of the kind; number: in [0, 1), which one."""
+        operator = self._operator
         if kind == "pool":
-            role, pid = "pool", operator.pool_pid()
-        else:
-            names = sorted(p.name for p in (operator.run_dir / "pids").glob(f"{kind}*"))
-            living = [name for name in names if operator.pid(name) is not None]
-            role = living[int(number * len(living))] if living else kind
-            pid = operator.pid(role)
-        broken.what = f"SIGKILL to {role}" if pid else f"SIGKILL to {role}: none lives"
-        if pid:
-            os.kill(pid, signal.SIGKILL)
+            pid = operator.pool_pid()
+            return (kind, pid) if pid is not None else None
+        roles = sorted(path.name for path in (operator.run_dir / "pids").glob(f"{kind}*"))
+        living = [(role, pid) for role in roles if (pid := operator.pid(role)) is not None]
+        return living[int(number * len(living))] if living else None
+
+    def _wait_for(self, found: Callable[[], T | None], what: str) -> T:
+        deadline_s = time.monotonic() + STALL_S
+        while (it := found()) is None:
+            if time.monotonic() > deadline_s or self._operator.is_finished():
+                raise LookupError(f"{what} was not found within {STALL_S:g} s")
+            self._operator.look()
+            time.sleep(0.2)
+        return it
+
+    def _flip(self, broken: Broken) -> None:
+        """Over once the engine that was hit is drained."""
+        operator, since_s = self._operator, time.time()
+        (operator.run_dir / "flip").touch()
+
+        def drained() -> str | None:
+            for event in all_events(operator.run_dir):
+                is_ours = event["event"] == "engine" and event["what"] == "drained"
+                if is_ours and event["time_s"] > since_s and "behind" not in event["reason"]:
+                    return event["engine"]
+            return None
+
+        broken.what = f"bits flipped in {self._wait_for(drained, 'the engine whose bits flipped')}"
 
     def _node(self, broken: Broken) -> None:
         i, away_s = self._random.choice((1, 2)), self._random.uniform(2, 15)
@@ -214,15 +161,19 @@ class Chaos:
         filler.unlink()
 
 
-def run_chaos(folder: Path, seed: int, minutes: float, steps: int | None = None) -> dict:
+def run_chaos(
+    folder: Path, seed: int, minutes: float, steps: int | None = None, staleness: int = 0
+) -> dict:
     """Breaks things for so long or until the run has finished; the report, of plain data.
 
-    folder: an empty one, for all that is written. Its "faults" are empty when all is well.
+    folder: an empty one, for all that is written; minutes: from the first updates on; staleness:
+    with more than 0 engines are audited, bits flip in them, and the run's books are checked, not
+    its final state, which is then not promised. Its "faults" are empty when all is well.
     """
     recipe, shared = folder / "tiny.yaml", folder / "shared"
     shared.mkdir()
     steps = steps or round(minutes * STEPS_PER_MINUTE)
-    recipe.write_text(json.dumps(_recipe(steps, "slow_length_of_answer")))
+    recipe.write_text(json.dumps(_recipe(steps, "slow_length_of_answer", staleness)))
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "gossamer-chaos", shared], check=True
     )
@@ -230,49 +181,63 @@ def run_chaos(folder: Path, seed: int, minutes: float, steps: int | None = None)
         with ray_hosts(folder, CPUS, shared=shared) as cluster:
             (cluster.own(0) / recipe.name).write_text(recipe.read_text())
             operator = Operator(cluster, shared, shared / "run", [f"/tmp/{recipe.name}"])
-            told, faults = _break_until(operator, Chaos(operator, shared, seed), minutes * 60)
+            chaos = Chaos(operator, shared, seed, has_audits=staleness > 0)
+            told, faults = _break_until(operator, chaos, minutes * 60)
             whole_s = time.time() - operator.start_s
         subprocess.run(["cp", "-r", operator.run_dir, folder / "run"], check=True)
     finally:
         subprocess.run(["umount", "-l", shared], check=True)
     if not faults:
-        recipe.write_text(json.dumps(_recipe(steps, "length_of_answer")))
-        faults = _audit(folder / "run", folder / "whole", recipe)
+        faults = faults_of_samples(folder / "run") + faults_of_versions(folder / "run")
+        if not (folder / "run" / "summary.json").exists():
+            faults.append("the driver ended without a summary")
+    if not faults and not staleness:
+        recipe.write_text(json.dumps(_recipe(steps, "length_of_answer", staleness)))
+        faults = _beside_undisturbed(folder / "run", folder / "whole", recipe)
     history, again, late = final_history(folder / "run")
     return {
         "seed": seed,
         "minutes": minutes,
+        "staleness": staleness,
         "seconds": round(whole_s, 1),
         "steps": len(history),
         "steps_made_again": again,
         "steps_told_by_dead_attempts": late,
+        "drained": sum(e.get("what") == "drained" for e in all_events(folder / "run")),
         "attempts": max(e["attempt"] for e in all_events(folder / "run") if "attempt" in e),
         "broken": [asdict(each) for each in told],
         "faults": faults,
     }
 
 
-def _recipe(steps: int, reward: str) -> dict:
+def _recipe(steps: int, reward: str, staleness: int) -> dict:
     rl = {**SETTINGS["rl"], "reward": f"tiny_run:{reward}", "drop_constant_groups": False}
+    rl["max_staleness"] = staleness
+    rollout = {"engines": 2, **(AUDITED if staleness else {})}
     warm, policy = SETTINGS["phases"]
     phases = [warm, {**policy, "max_steps": steps, "lr": 1e-4}]
     checkpoint = {"every_steps": 10, "keep_last": 3, "asynchronous": True}
     train = {**SETTINGS, "rl": rl, "phases": phases, "checkpoint": checkpoint}
     recovery = {"max_failures": 20, "pause_s": 1.0, "max_pause_s": 5.0}
-    return {"name": "chaos", "train": train, "rollout": {"engines": 2}, "recovery": recovery}
+    return {"name": "chaos", "train": train, "rollout": rollout, "recovery": recovery}
 
 
 def _break_until(operator: Operator, chaos: Chaos, for_s: float) -> tuple[list[Broken], list[str]]:
     told: list[Broken] = []
-    pauses = random.Random(len(THINGS))
     operator.broken = Broken(at_s=0.0, what="start", by_operator=[])
     if not _get_over(operator, operator.broken, operator.start_s, 0):
         return told, [f"no {ENOUGH} updates within {STALL_S:g} s of the start"]
-    while time.time() - operator.start_s < for_s:
-        if not _look_for(operator, pauses.uniform(1, 10)):
+    begun_s = time.time()
+    while time.time() - begun_s < for_s:
+        if not _look_for(operator, chaos.pause_s()):
             break
         since_s, last = time.time(), max(step for _, step in _updates(operator))
-        broken = chaos.break_something()
+        try:
+            broken = chaos.break_something()
+        except LookupError as error:
+            if operator.is_finished():
+                break
+            return told, [str(error)]
         told.append(broken)
         print(f"{broken.at_s:6.0f} s  {broken.what}", flush=True)
         if not _get_over(operator, broken, since_s, last):
@@ -280,7 +245,7 @@ def _break_until(operator: Operator, chaos: Chaos, for_s: float) -> tuple[list[B
         print(f"          {broken.taken()}", flush=True)
     operator.broken = None
     while _look_for(operator, 10):
-        if time.time() - operator.start_s > 3 * for_s + STALL_S:
+        if time.time() - begun_s > 3 * for_s + STALL_S:
             return told, ["the run did not finish once it was left in peace"]
     end_s = time.monotonic() + DRIVER_S
     while operator.pid("driver") is not None and time.monotonic() < end_s:
@@ -328,16 +293,13 @@ def _get_over(operator: Operator, broken: Broken, since_s: float, last: int) -> 
     return True
 
 
-def _audit(run_dir: Path, whole: Path, recipe: Path) -> list[str]:
-    """By the books, and beside an undisturbed run of the same recipe on this machine."""
+def _beside_undisturbed(run_dir: Path, whole: Path, recipe: Path) -> list[str]:
+    """Beside a run of the same recipe on this machine that nothing happens to."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-m", "gossamer.launch.cli", "rl", recipe, "--run-dir", whole]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert not done.returncode, done.stdout + done.stderr
-    faults = faults_of_samples(run_dir) + faults_of_versions(run_dir)
-    if not (run_dir / "summary.json").exists():
-        faults.append("the driver ended without a summary")
-    return faults + faults_beside(run_dir, whole)
+    return faults_beside(run_dir, whole)
 
 
 @contextmanager
@@ -355,6 +317,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--steps", type=int, help="RL updates; default: so many a minute")
+    parser.add_argument(
+        "--staleness", type=int, default=0, help="train.rl.max_staleness; above 0 with audits"
+    )
     parser.add_argument("--json", metavar="OUT", help="the report, as a file")
     parser.add_argument("--keep", metavar="FOLDER", help="a new folder for all that is written")
     arguments = parser.parse_args()
@@ -363,7 +328,8 @@ def main() -> int:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is mounted is to be unmounted
     with _folder(arguments.keep) as folder:
-        report = run_chaos(folder, arguments.seed, arguments.minutes, arguments.steps)
+        given = arguments.seed, arguments.minutes, arguments.steps, arguments.staleness
+        report = run_chaos(folder, *given)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({k: v for k, v in report.items() if k != "broken"}, indent=1))

@@ -8,6 +8,7 @@ from chaos import run_chaos
 from gossamer.launch.testbed import unusable
 
 MINUTES, SEED = float(os.environ.get("CHAOS_MINUTES", 10)), int(os.environ.get("CHAOS_SEED", 0))
+STALENESS = int(os.environ.get("CHAOS_STALENESS", 0))
 
 
 @pytest.mark.chaos
@@ -15,6 +16,6 @@ MINUTES, SEED = float(os.environ.get("CHAOS_MINUTES", 10)), int(os.environ.get("
 def test_a_run_outlives_chaos(tmp_path):
     if reason := unusable():
         pytest.skip(reason)
-    report = run_chaos(tmp_path, SEED, MINUTES)
+    report = run_chaos(tmp_path, SEED, MINUTES, staleness=STALENESS)
     print(json.dumps(report, indent=1))
     assert report["broken"] and report["faults"] == []
