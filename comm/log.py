@@ -58,6 +58,8 @@ class WeightLog:
         self.store = store
         self.run_id = run_id
         self.url = url
+        self.public_key: str | None = None
+        """The file of the key that it was opened with."""
         self._verifier = verifier
         # by file name, with the hash of the file
         self._manifests: dict[str, tuple[Manifest, str]] = {}
@@ -70,12 +72,13 @@ class WeightLog:
         run_id: str | None = None,
         create: bool = False,
         public_key: str | Path | None = None,
+        name: str = "",
     ) -> WeightLog:
         """The log at `url`; with `create`, made there if it does not exist.
 
-        `run_id` is checked against the log's, or names a new log (default: a random one). With the
-        file of a `public_key`, every frame and manifest that it did not sign is refused. Raises
-        LogError where there is no log, or one of another run.
+        `run_id` is checked against the log's, or is that of a new log (default: a random one, with
+        `name` before it). With the file of a `public_key`, every frame and manifest that it did not
+        sign is refused. Raises LogError where there is no log, or one of another run.
         """
         verifier = None
         if public_key is not None:
@@ -85,8 +88,10 @@ class WeightLog:
         try:
             store = open_store(url, create)
             if create:
-                fresh = {"run_id": run_id or uuid.uuid4().hex, "wire_version": WIRE_VERSION}
-                store.put("log.json", json.dumps(fresh).encode())
+                random = uuid.uuid4().hex
+                fresh = run_id or (f"{name}-{random[:16]}" if name else random)
+                entry = {"run_id": fresh, "wire_version": WIRE_VERSION}
+                store.put("log.json", json.dumps(entry).encode())
             text = store.get("log.json")
         except FileNotFoundError as error:
             raise LogError(f"no weight log at {url}: {error}") from error
@@ -99,7 +104,9 @@ class WeightLog:
             raise LogError(f"the log at {url} is of run {run_of_log}, not {run_id}")
         if wire_version != WIRE_VERSION:
             raise LogError(f"the log at {url} has wire version {wire_version}, not {WIRE_VERSION}")
-        return cls(store, run_of_log, str(url), verifier)
+        log = cls(store, run_of_log, str(url), verifier)
+        log.public_key = None if public_key is None else str(public_key)
+        return log
 
     # --- versions -------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 The one idea: it is asked over HTTP by the pool itself and follows the log by itself, so it reserves
 nothing here and is never waited for with a unit in hand: it gets those that its version entitles
-it to.
+it to. Its labels name the log's run, so weights of another one are never taken for this one's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ServerRoom:
     def start(self, name: str, is_anew: bool) -> ServerEngine:
         """Raises UnbuiltError for a URL, or a token, that cannot be used; LostError without log."""
         try:
-            server = VLLMServer(self._url, eos_id=self._eos_id)
+            server = VLLMServer(self._url, eos_id=self._eos_id, run_id=self._log.run_id)
             return ServerEngine(name, server, self._log, self._events)
         except ValueError as error:
             raise UnbuiltError(str(error)) from None
@@ -64,7 +64,7 @@ class ServerEngine:
         self.name, self._server, self._log, self._events = name, server, log, events
         self.version: int | None = None
         self.behind = 0
-        self._goal = log.head()
+        self._goal = self._newest = log.head()
         self.waits_for = f"an answer of {server.url}"
 
     def is_ready(self) -> bool:
@@ -73,15 +73,12 @@ class ServerEngine:
         What is lacking is told in `waits_for`; a server that is away is waited for.
         """
         try:
-            version, ranks = self._server.version(), self._server.status()
-        except EngineError as error:
+            version = self._version()
+        except LostError as error:
             self.waits_for = str(error)
             time.sleep(TICK_S)
             return False
-        runs = {rank.get("run_id") for rank in ranks or []} - {None}
-        if runs - {self._log.run_id}:
-            self.waits_for = f"{self._server.url} to follow this log; it follows run {runs.pop()}"
-        elif version is None:
+        if version is None:
             self.waits_for = f"`gossamer log follow` to bring {self._server.url} a version"
         elif self._goal is not None and version < self._goal:
             self.waits_for = f"{self._server.url} to get from version {version} to {self._goal}"
@@ -97,10 +94,7 @@ class ServerEngine:
 
     def look(self, head: int) -> None:
         """Learns its version; LostError for one that has none any more."""
-        try:
-            self.version = self._server.version()
-        except EngineError as error:
-            raise LostError(str(error)) from None
+        self.version = self._version()
         if self.version is None:
             raise LostError(f"{self._server.url} began anew, without a version of the log")
         self.behind = head - self.version
@@ -115,6 +109,7 @@ class ServerEngine:
         except EngineError as error:
             raise LostError(str(error)) from None
         versions = [span.version for sample in samples for span in sample.spans]
+        self._check(max(versions, default=0))
         told = {
             "engine": self.name,
             "what": "generate",
@@ -127,6 +122,28 @@ class ServerEngine:
         }
         self._events.write("engine", told)
         return samples
+
+    def _version(self) -> int | None:
+        try:
+            version = self._server.version()
+        except EngineError as error:
+            raise LostError(str(error)) from None
+        if version is not None:
+            self._check(version)
+        return version
+
+    def _check(self, version: int) -> None:
+        """Raises LostError for a version that the log does not hold, as after a loss of files."""
+        if self._newest is None or version > self._newest:
+            try:
+                self._newest = self._log.head()
+            except (LogError, OSError) as error:
+                raise LostError(str(error)) from None
+        if self._newest is None or version > self._newest:
+            raise LostError(
+                f"{self._server.url} serves version {version}, but the newest of the log is"
+                f" {self._newest}; expected it to be started anew, to follow from an anchor"
+            )
 
     def audit(self, version: int) -> str | None:
         """State hash at `version`; None where the server's routes for that are not to be had."""

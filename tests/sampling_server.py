@@ -55,10 +55,8 @@ class SamplingServer:
         if path == "/weight_info":
             return 200, {"weight_version": self.label}
         if path == "/collective_rpc" and self.is_dev:
-            rank = {"version": self.version}
-            is_audit = body["method"] == "gossamer_audit"
-            rank |= {"state_hash": self.state_hash} if is_audit else {"run_id": self.run_id}
-            return 200, {"results": [rank]}
+            assert body["method"] == "gossamer_audit"
+            return 200, {"results": [{"version": self.version, "state_hash": self.state_hash}]}
         if path == "/inference/v1/generate":
             self.asked.append(body)
             fault = self.faults.pop(0) if self.faults else None
@@ -67,7 +65,7 @@ class SamplingServer:
 
     @property
     def label(self):
-        return "default" if self.version is None else str(self.version)
+        return "default" if self.version is None else f"{self.version}@{self.run_id}"
 
     def choice(self, body):
         sampling = body["sampling_params"]

@@ -54,7 +54,7 @@ def prepare_run(config: TrainConfig, run_dir: Path, name: str) -> None:
                 _check_key(path, f"outer.{field}")
         Seal.of(config.outer)
     run_dir.mkdir(parents=True, exist_ok=True)
-    WeightLog.open(inside(run_dir, LOG_FOLDER), run_id=name, create=True)
+    WeightLog.open(inside(run_dir, LOG_FOLDER), create=True, name=name)
     texts: list[str] = []
     if config.task is not None:
         if not (run_dir / PROBLEMS_FILE).is_file():

@@ -43,7 +43,7 @@ class Publishing:
         self._is_first_rank = dims.rank == 0
         self._dtype = getattr(torch, config.log.publish_dtype)
         self._published: Published | None = None
-        self.log = WeightLog.open(inside(place.run_dir, LOG_FOLDER), run_id=place.name)
+        self.log = WeightLog.open(inside(place.run_dir, LOG_FOLDER))
         takeover = place.attempt > 1 or place.resume_from is not None
         self.epoch = self._claim_epoch(takeover)
         key = config.log.signing_key_path

@@ -2,7 +2,8 @@
 
 The one idea: the server is passive and whatever can be lost is asked for again. Staging is begun by
 a call that returns at once and is waited for outside of the pause; a failure on any rank takes the
-update back on all; a server that comes back empty is told where the log is and catches up.
+update back on all; a server that comes back empty, or whose log was begun anew (a run that was
+overwritten), is told of the log and loads an anchor.
 
 The server is started with `--weight-transfer-config '{"backend": "gossamer"}'` and, because these
 routes exist only then, VLLM_SERVER_DEV_MODE=1: let it listen on a loopback address alone.
@@ -26,10 +27,17 @@ PAUSE_MODES = ("keep", "wait", "abort")
 LONGEST_WAIT_S = 5.0
 STATUS_S = 0.02
 """Time between two looks at how far staging is."""
+SAME_LOG_S = 5.0
+"""Time between two looks whether the log is still the one that was opened."""
 
 
 class EngineError(RuntimeError):
     """A server that is away, refuses a call, or failed at one."""
+
+
+def weight_label(version: int, run_id: str) -> str:
+    """What the server calls the weights of a version: numbers alone are those of any log."""
+    return f"{version}@{run_id}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,11 +90,15 @@ def follow(
     }
     log: WeightLog | None = None
     live: int | None = None
-    attached, failures, told = False, 0, ""
+    attached, failures, told, looked_s = False, 0, "", 0.0
     while True:
         done: Progress | None = None
         try:
-            log = log or WeightLog.open(log_url, public_key=public_key)
+            if not attached or time.monotonic() - looked_s > SAME_LOG_S:
+                found, looked_s = WeightLog.open(log_url, public_key=public_key), time.monotonic()
+                if log is None or log.run_id != found.run_id:
+                    log, live, attached = found, None, False
+            assert log is not None  # not attached at first
             if not attached:
                 done = _attach(log, server, init)
                 attached = True
@@ -143,7 +155,7 @@ def _catch_up(log: WeightLog, server: Server, mode: str) -> tuple[int | None, Pr
     try:
         server.post("/start_weight_update")
         server.post("/update_weights", {"update_info": {"version": version}})
-        server.post("/finish_weight_update", {"weight_version": str(version)})
+        server.post("/finish_weight_update", {"weight_version": weight_label(version, log.run_id)})
     except EngineError:
         server.rpc("gossamer_roll_back")
         if live is not None:  # a first load has no way back: the ranks may differ

@@ -38,9 +38,9 @@ class VLLMEngine:
     """RolloutEngine; generate may run in one thread while another stages and commits.
 
     `model_config` is a transformers config as a dict with its `model_type`, `dtype` the log's
-    publish dtype; weights come from the log alone. Workers open the log themselves, by its url and
-    the file of a `public_key`. `options` are vLLM's engine arguments, on top of those chosen here.
-    `pad_id` is not needed.
+    publish dtype; weights come from the log alone. Workers open the log themselves, by the url and
+    the public key's file that it was opened with. `options` are vLLM's engine arguments, on top of
+    those chosen here. `pad_id` is not needed.
     """
 
     def __init__(
@@ -51,7 +51,6 @@ class VLLMEngine:
         pad_id: int,
         eos_id: int,
         dtype: str = "bfloat16",
-        public_key: str | None = None,
         options: dict[str, Any] | None = None,
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="gossamer-vllm-") as folder:
@@ -79,7 +78,7 @@ class VLLMEngine:
                     log_stats=False,
                     multiprocess_mode=False,
                 )
-        self._log, self._public_key, self._eos_id = log, public_key, eos_id
+        self._log, self._eos_id = log, eos_id
         self._ids = count()
         self._staged: int | None = None
         self._version: int | None = None
@@ -104,7 +103,7 @@ class VLLMEngine:
         self._staged = None
         with self._turn():
             if not all(self._rpc("gossamer_status")):  # until now the log may have been empty
-                init = {"log_url": self._log.url, "public_key": self._public_key}
+                init = {"log_url": self._log.url, "public_key": self._log.public_key}
                 self._rpc("init_weight_transfer_engine", init)
             self._rpc("gossamer_stage", version)
         while True:

@@ -2,8 +2,9 @@
 
 The one idea: the server says which weights made which token. vLLM attaches to each step's tokens
 the label that `/finish_weight_update` set while generation was paused, `/inference/v1/generate`
-returns them as spans, and `gossamer log follow` sets the label to the log's version. So nothing is
-guessed from what was so before and after, and a server without a version is found out.
+returns them as spans, and `gossamer log follow` makes the label of the version and the log's run.
+So nothing is guessed from what was so before and after, and a server without a version, or with
+one of another run, is found out.
 
 Start it with `--enable-scale-out` (or that route is closed), `--logprobs-mode processed_logprobs`
 and `--no-enable-prefix-caching`; docs/rollouts.md says why, and what is not promised.
@@ -32,6 +33,8 @@ CONNECTIONS = 64
 """Requests of a unit that are on their way at once."""
 LOOK_S = 10.0
 """Patience for answers that need no sampling."""
+UNLABELLED = "default"
+"""vLLM's word for weights that no follower brought."""
 ABORTS = 3
 """How often a unit that the server's follower aborted is sampled again."""
 SURE = 0.1
@@ -49,8 +52,11 @@ class RequestError(ValueError):
 class VLLMServer:
     """Client of one server, for several threads. Raises EngineError for what is the server's."""
 
-    def __init__(self, url: str, *, eos_id: int, timeout_s: float = 600.0) -> None:
-        """timeout_s: for one completion. Raises ValueError for a URL that cannot be used."""
+    def __init__(self, url: str, *, eos_id: int, run_id: str, timeout_s: float = 600.0) -> None:
+        """run_id: of the log that it is to follow. timeout_s: for one completion.
+
+        Raises ValueError for a URL that cannot be used.
+        """
         self.url = url.rstrip("/")
         self._place = urlsplit(self.url)
         if self._place.scheme not in ("http", "https") or not self._place.hostname:
@@ -63,17 +69,16 @@ class VLLMServer:
                     " would cross the network in clear"
                 )
             self._headers["Authorization"] = f"Bearer {token}"
-        self._eos_id, self._timeout_s = eos_id, timeout_s
+        self._eos_id, self._run_id, self._timeout_s = eos_id, run_id, timeout_s
         self._is_checked = False
 
     def version(self) -> int | None:
-        """The version of the log that it serves; None before its follower brought one."""
-        label = self._json("GET", "/weight_info", None, LOOK_S).get("weight_version")
-        return int(label) if isinstance(label, str) and label.isdecimal() else None
+        """The version of the log that it serves; None before its follower brought one.
 
-    def status(self) -> list[dict[str, Any]] | None:
-        """What each rank says of its following; None where the route is not passed on."""
-        return self._rpc("gossamer_status", LOOK_S)
+        Raises EngineError for weights of another log.
+        """
+        label = self._json("GET", "/weight_info", None, LOOK_S).get("weight_version")
+        return None if label == UNLABELLED else self._version_of(label)
 
     def audit(self) -> tuple[int | None, str] | None:
         """(version, state hash) of the live weights, read in full; None where it may not be asked.
@@ -120,7 +125,7 @@ class VLLMServer:
                 request_id=request.request_id,
                 token_ids=tokens,
                 logprobs=tuple(float(each["logprob"]) for each in content),
-                spans=tuple(_span(each, self.url) for each in choice["weight_versions"]),
+                spans=tuple(self._span(each) for each in choice["weight_versions"]),
                 finished=tokens[-1] == self._eos_id,
             )
             edges = [0, *(span.stop for span in sample.spans)]
@@ -133,6 +138,19 @@ class VLLMServer:
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise EngineError(f"{self.url} answered what is no completion: {error!r}") from error
         return sample
+
+    def _span(self, told: dict[str, Any]) -> VersionSpan:
+        version = self._version_of(told["version"])
+        return VersionSpan(start=told["start"], stop=told["end"], version=version)
+
+    def _version_of(self, label: object) -> int:
+        version, _, run_id = str(label).partition("@")
+        if not version.isdecimal() or run_id != self._run_id:
+            raise EngineError(
+                f"{self.url} serves weights labelled {label!r}, which are no version of the log of"
+                f" run {self._run_id}; expected `gossamer log follow` of that log beside it"
+            )
+        return int(version)
 
     def _complete(self, request: Request, logprobs: int) -> dict[str, Any]:
         words = ",".join(str(int(word)) for word in request.key).encode()
@@ -234,13 +252,3 @@ def _watch(connected: socket.socket, timeout_s: float) -> None:
     for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):  # Linux
             connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
-
-
-def _span(told: dict[str, Any], url: str) -> VersionSpan:
-    label = str(told["version"])
-    if not label.isdecimal():
-        raise EngineError(
-            f"{url} sampled with weights labelled {label!r}, which are no version of the log;"
-            " expected `gossamer log follow` beside it"
-        )
-    return VersionSpan(start=told["start"], stop=told["end"], version=int(label))

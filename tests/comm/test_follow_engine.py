@@ -1,3 +1,4 @@
+import shutil
 import threading
 
 import pytest
@@ -70,7 +71,7 @@ def test_versions_are_staged_before_the_pause_and_committed_in_it(trainer, engin
         assert done.num_changed >= manifest.num_changed > 0
         assert 0 < done.commit_s < done.pause_s and done.stage_s > 0
         assert engine.is_at(checkpoint(trainer.version)) and not engine.paused
-        assert engine.weight_version == str(trainer.version)
+        assert engine.weight_version == f"{trainer.version}@{trainer.log.run_id}"
     with pytest.raises(ValueError, match="mode must be one of keep, wait, abort"):
         follow(trainer.log.url, engine.url, mode="kill")
 
@@ -131,7 +132,7 @@ def test_an_engine_that_is_away_is_waited_for(trainer, engine):
     thread.start()
     engine.wait_until(lambda: thread.is_alive())
     engine.faults.clear()
-    thread.join(timeout=20)
+    thread.join(timeout=120)
     assert engine.is_at(checkpoint(0)) and told[-1].event == "committed"
     assert sum(each.event == "failed" for each in told) <= 1  # the same failure is told once
 
@@ -178,7 +179,8 @@ def test_what_a_dead_driver_left_is_ended(trainer, engine):
     assert engine.is_at(checkpoint(1))
     run(trainer, engine)
     assert "gossamer_roll_back" in engine.calls
-    assert engine.is_at(checkpoint(1)) and not engine.paused and engine.weight_version == "1"
+    assert engine.is_at(checkpoint(1)) and not engine.paused
+    assert engine.weight_version == f"1@{trainer.log.run_id}"
 
 
 def test_an_audit_that_fails_brings_an_anchor(trainer, engine):
@@ -204,6 +206,26 @@ def test_another_log_at_the_same_place_is_noticed(trainer, engine, tmp_path):
     other = Trainer(tmp_path / "other")
     other.publish()
     assert [each.event for each in run(other, engine)] == ["started", "committed"]
+
+
+def test_a_run_that_is_begun_anew_under_the_follower_is_loaded(trainer, engine, monkeypatch):
+    monkeypatch.setattr("gossamer.comm.engines.follow.SAME_LOG_S", 0.1)
+    for _ in range(2):
+        trainer.publish()
+    again = []
+
+    def until(live):
+        if live == 2 and not again:  # as `gossamer rl RECIPE --overwrite` does
+            shutil.rmtree(trainer.log.url)
+            again.append(Trainer(trainer.log.url))
+            again[0].publish()
+        return bool(again) and live == 0
+
+    told = []
+    follow(trainer.log.url, engine.url, poll_s=0.01, on_progress=told.append, until=until)
+    assert [each.event for each in told[-2:]] == ["started", "committed"]
+    assert again[0].log.run_id != trainer.log.run_id
+    assert engine.weight_version == f"0@{again[0].log.run_id}"
 
 
 def test_servers_that_were_started_otherwise_are_told_how(engine):

@@ -19,7 +19,7 @@ def server():
 
 
 def client(server, **options):
-    return VLLMServer(server.url, eos_id=EOS, **options)
+    return VLLMServer(server.url, eos_id=EOS, run_id="run", **options)
 
 
 def asked(n=3, temperature=1.0):
@@ -35,8 +35,8 @@ def test_samples_are_whole_in_order_and_of_the_versions_that_the_server_names(se
         return {
             **server.choice(body),
             "weight_versions": [
-                {"version": "7", "start": 0, "end": 1},
-                {"version": "8", "start": 1, "end": 2},
+                {"version": "7@run", "start": 0, "end": 1},
+                {"version": "8@run", "start": 1, "end": 2},
             ],
         }
 
@@ -72,6 +72,14 @@ def test_a_server_without_a_version_of_the_log_is_not_learned_from(server):
         client(server).generate(asked(1))
 
 
+@pytest.mark.parametrize("label", ["7", "7@runs", "7@", "seven@run", "@run", ""])
+def test_weights_of_another_run_are_not_learned_from(server, monkeypatch, label):
+    monkeypatch.setattr(SamplingServer, "label", label)
+    for ask in (client(server).version, lambda: client(server).generate(asked(1))):
+        with pytest.raises(EngineError, match=f"labelled '{label}'.* no version .* of run run;"):
+            ask()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -82,8 +90,8 @@ def test_a_server_without_a_version_of_the_log_is_not_learned_from(server):
         {"logprobs": {"content": [{"logprob": -1.0}]}},
         {"logprobs": {"content": [{"logprob": -9999.0}, {"logprob": -1.0}]}},
         {"weight_versions": None},
-        {"weight_versions": [{"version": "7", "start": 0, "end": 1}]},
-        {"weight_versions": [{"version": "7", "start": 1, "end": 2}]},
+        {"weight_versions": [{"version": "7@run", "start": 0, "end": 1}]},
+        {"weight_versions": [{"version": "7@run", "start": 1, "end": 2}]},
     ],
 )
 def test_an_answer_that_is_no_completion_is_the_servers_fault(server, change):
@@ -122,15 +130,15 @@ def test_a_token_is_sent_and_never_in_clear_over_a_network(server, monkeypatch):
     assert len(client(server).generate(asked(1))) == 1
     for url in ("http://10.0.0.1:8000", "http://gpu7"):
         with pytest.raises(ValueError, match="expected https") as caught:
-            VLLMServer(url, eos_id=EOS)
+            VLLMServer(url, eos_id=EOS, run_id="run")
         assert "s3cret-word" not in str(caught.value)
-    VLLMServer("https://gpu7", eos_id=EOS)
+    VLLMServer("https://gpu7", eos_id=EOS, run_id="run")
 
 
 @pytest.mark.parametrize("url", ["gpu7:8000", "ftp://gpu7", "", "http://"])
 def test_a_url_that_is_none_is_refused(url):
     with pytest.raises(ValueError, match=r"expected http\(s\)://host"):
-        VLLMServer(url, eos_id=EOS)
+        VLLMServer(url, eos_id=EOS, run_id="run")
 
 
 def test_what_a_request_is_refused_for_is_the_requests_fault():
@@ -138,7 +146,7 @@ def test_what_a_request_is_refused_for_is_the_requests_fault():
     said = [head("400 Bad Request", f"Content-Length: {len(body)}"), body]
     with scripted(said) as url:
         with pytest.raises(RequestError, match="answered 400: .*too long"):
-            VLLMServer(url, eos_id=EOS).generate(asked(1))
+            VLLMServer(url, eos_id=EOS, run_id="run").generate(asked(1))
 
 
 @pytest.mark.parametrize(
@@ -155,13 +163,15 @@ def test_what_a_request_is_refused_for_is_the_requests_fault():
 def test_a_server_that_fails_is_named(answer, sentence):
     with scripted(answer) as url:
         with pytest.raises(EngineError, match=sentence) as caught:
-            VLLMServer(url, eos_id=EOS, timeout_s=0.3).generate(asked(1))
+            VLLMServer(url, eos_id=EOS, run_id="run", timeout_s=0.3).generate(asked(1))
         assert url in str(caught.value)
 
 
 def test_a_server_that_hangs_is_not_waited_for_for_ever():
     with socket.create_server(("127.0.0.1", 0)) as deaf:
-        hung = VLLMServer(f"http://127.0.0.1:{deaf.getsockname()[1]}", eos_id=EOS, timeout_s=0.2)
+        hung = VLLMServer(
+            f"http://127.0.0.1:{deaf.getsockname()[1]}", eos_id=EOS, run_id="run", timeout_s=0.2
+        )
         with pytest.raises(EngineError, match="timed out"):
             hung.generate(asked(1))
 
@@ -175,9 +185,8 @@ def test_a_server_that_is_away_is_named(server):
 def test_what_may_not_be_asked_is_not_proven(server):
     server.state_hash = "ab"
     assert client(server).audit() == (7, "ab")
-    assert client(server).status() == [{"run_id": "run", "version": 7}]
     server.is_dev = False
-    assert client(server).audit() is None and client(server).status() is None
+    assert client(server).audit() is None
 
 
 def test_several_threads_may_ask(server):

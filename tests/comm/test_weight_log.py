@@ -1,4 +1,5 @@
 import json
+import re
 import threading
 from dataclasses import replace
 
@@ -29,7 +30,9 @@ def test_a_log_is_opened_where_one_is(tmp_path):
         WeightLog.open(tmp_path)
     made = WeightLog.open(tmp_path, run_id="mine", create=True)
     assert WeightLog.open(f"file://{tmp_path}").run_id == made.run_id == "mine"
-    assert WeightLog.open(tmp_path, create=True).run_id == "mine"
+    assert WeightLog.open(tmp_path, create=True, name="yours").run_id == "mine"
+    two = [WeightLog.open(tmp_path / each, create=True, name="demo").run_id for each in "ab"]
+    assert two[0] != two[1] and all(re.fullmatch("demo-[0-9a-f]{16}", each) for each in two)
     with pytest.raises(LogError, match="is of run mine, not yours"):
         WeightLog.open(tmp_path, run_id="yours")
     (tmp_path / "log.json").write_text("[1")

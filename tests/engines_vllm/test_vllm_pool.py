@@ -92,7 +92,7 @@ def test_a_server_samples_for_a_pool(trained, served, tmp_path):
     longest = max(pool.collect("1"), key=lambda sample: len(sample.spans))
     versions = [span.version for span in longest.spans]
     assert len(versions) > 1 and versions == sorted(set(versions))
-    wait_until(lambda: VLLMServer(served.url, eos_id=EOS).version() == 3)
+    wait_until(lambda: VLLMServer(served.url, eos_id=EOS, run_id=trained.log.run_id).version() == 3)
     proof[served.name] = trained.log.manifest(3).state_hash
     assert pool.audit(3) == proof
 
@@ -131,7 +131,7 @@ def test_a_server_with_raw_log_probabilities_is_refused(trained):
     port = free_port()
     process = start_server(trained.folder, port, *SERVES)
     try:
-        server = VLLMServer(f"http://127.0.0.1:{port}", eos_id=EOS)
+        server = VLLMServer(f"http://127.0.0.1:{port}", eos_id=EOS, run_id=trained.log.run_id)
 
         def is_up():
             try:

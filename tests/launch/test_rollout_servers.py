@@ -183,7 +183,10 @@ def test_tokens_older_than_asked_are_not_taken(build, serve, trainer, tmp_path):
 
     def went_back(body):
         """Its follower found a bit flipped, and loaded an older anchor."""
-        spans = [{"version": "1", "start": 0, "end": 1}, {"version": "0", "start": 1, "end": 2}]
+        spans = [
+            {"version": f"{version}@{server.run_id}", "start": at, "end": at + 1}
+            for at, version in enumerate((1, 0))
+        ]
         return {**server.choice(body), "weight_versions": spans}
 
     server.faults = [went_back]
@@ -195,13 +198,46 @@ def test_tokens_older_than_asked_are_not_taken(build, serve, trainer, tmp_path):
     assert "older than version 1" in drained["reason"]
 
 
-def test_a_server_of_another_run_is_not_used(build, serve, tmp_path):
-    server = serve()
-    server.run_id = "another"
+def test_a_server_of_another_run_of_the_same_recipe_is_not_used(build, serve, tmp_path):
+    """Even where it was at a later version, and `/collective_rpc` is not passed on."""
+    server = serve(140)
+    server.run_id, server.is_dev = "demo-0123456789abcdef", False
     build(server)
-    wait_until(lambda: any("it follows run another" in e.get("waits_for", "")
+    wait_until(lambda: any("labelled '140@demo-0123456789abcdef'" in e.get("waits_for", "")
                            for e in events(tmp_path, "engine")))  # fmt: skip
     assert "ready" not in said(tmp_path)
+
+
+def test_a_server_that_begins_to_follow_another_run_is_lost(build, serve, trainer, tmp_path):
+    first, second = serve(), serve()
+
+    def another(body):
+        first.run_id = "another"
+        return first.choice(body)
+
+    first.faults = [another]
+    pool = build(first, second)
+    wait_until(lambda: said(tmp_path).count("ready") == 2)
+    pool.submit("0", units(1, 2, 3), 0)
+    assert len(pool.collect("0")) == 6
+    (dead,) = [e for e in events(tmp_path, "engine") if e["what"] == "dead"]
+    assert "labelled '0@another'" in dead["reason"]
+
+
+def test_versions_that_the_log_does_not_hold_are_not_taken(build, serve, trainer, tmp_path):
+    """Its newest files were lost, say, and are being written anew."""
+    server = serve(3)
+    pool = build(server)
+    wait_until(lambda: any("version 3, but the newest of the log is 0" in e.get("waits_for", "")
+                           for e in events(tmp_path, "engine")))  # fmt: skip
+    server.version = 0
+    wait_until(lambda: "ready" in said(tmp_path))
+    server.faults = [lambda body: setattr(server, "version", 2)]
+    pool.submit("0", units(1), 0)
+    wait_until(lambda: "dead" in said(tmp_path))
+    server.version = 0
+    samples = pool.collect("0")
+    assert {span.version for sample in samples for span in sample.spans} == {0}
 
 
 def test_servers_come_and_go_while_the_run_goes_on(build, serve, tmp_path):
