@@ -2,8 +2,8 @@
 
 The one idea: what a new version does to the samples in the making is a choice, and it is made here,
 by when the engine is told to stop and when it is told to commit; so it is the same for any engine.
-A unit that is aborted is sampled again as a whole: were its finished samples kept, short answers
-would be favoured.
+A unit that is aborted, or of which the engine keeps nothing but what was finished, is sampled again
+as a whole: were its finished samples kept, short answers would be favoured.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gossamer.comm.manifest import GoneError
+from gossamer.comm.live import ApplyError
+from gossamer.comm.manifest import GoneError, LogError
 from gossamer.comm.rollout import Request, Sample, VersionSpan
 from gossamer.launch.config import RolloutConfig
 from gossamer.trainer.metrics import EventLog
@@ -24,6 +25,11 @@ from gossamer.trainer.run_folder import LOG_FOLDER, inside, open_run, url_of
 
 LOOK_S, STORE_LOOK_S = 0.02, 0.2
 """Between two looks for a version: a bucket takes money for each."""
+AGAIN_S = (0.25, 0.5, 1.0, 2.0)
+"""Pauses before a version that could not be taken is looked for again: a fold that did not fit is
+then avoided, what was read badly is read anew. After the last one the engine is unfit."""
+STORE_AGAIN_S = 300.0
+"""For so long a store may fail: were all engines started anew, all would read an anchor at once."""
 
 
 def write_pid(run_dir: Path, role: str) -> None:
@@ -54,6 +60,7 @@ class EngineActor:
         self._look_s = LOOK_S if url_of(here) is None else STORE_LOOK_S
         self._version: int | None = None
         self._fault: str | None = None
+        self._failures, self._failing_since_s, self._rests_until_s = 0, 0.0, 0.0
         self._unaudited = 0
         build = resolve(rollout.engine, ROLLOUT_ENGINES, "rollout.engine")
         ids = {"pad_id": model["pad_token_id"], "eos_id": model["eos_token_id"]}
@@ -70,6 +77,7 @@ class EngineActor:
         while head is not None and (self._version is None or self._version < head):
             if not self._follow():
                 self._raise_fault()
+                time.sleep(self._look_s)
         if is_anew and self._version is not None:
             with self._moving:
                 self._check_bits()
@@ -117,7 +125,8 @@ class EngineActor:
                 break
             left = [request for request in requests if not _is_whole(request, so_far)]
             cuts += bool(left)
-            if left and mode == "abort":
+            keeps_all = all(so_far[request.request_id].token_ids for request in left)
+            if left and (mode == "abort" or not keeps_all):
                 dropped += sum(len(sample.token_ids) for sample in so_far.values())
                 left, so_far = requests, {}
             left = [_rest(request, so_far.get(request.request_id)) for request in left]
@@ -144,17 +153,36 @@ class EngineActor:
                 time.sleep(self._look_s)
 
     def _follow(self) -> bool:
-        """Stages and commits the next version; False when there is none, or the engine is unfit."""
+        """Stages and commits the next version; False when there is none, when it could not be taken
+        and is to be looked at later, or when the engine is unfit."""
         with self._moving:
-            if self._fault is not None:
+            if self._fault is not None or time.monotonic() < self._rests_until_s:
                 return False
             try:
-                return self._move()
+                is_moved = self._move()
             except GoneError:
                 return True  # deleted meanwhile; the next look finds another way, or none
+            except (LogError, ApplyError, OSError) as error:
+                self._rest(error)
+                return False
             except Exception as error:
                 self._fault = f"{type(error).__name__}: {error}"
                 return False
+            self._failures = 0
+            return is_moved
+
+    def _rest(self, error: Exception) -> None:
+        """A version could not be taken: waits a little longer each time, or is unfit at last."""
+        now_s = time.monotonic()
+        if not self._failures:
+            self._failing_since_s = now_s
+        pause_s = AGAIN_S[min(self._failures, len(AGAIN_S) - 1)]
+        is_last = self._failures >= len(AGAIN_S)
+        if isinstance(error, OSError):
+            is_last = now_s - self._failing_since_s > STORE_AGAIN_S
+        if is_last:
+            self._fault = f"{type(error).__name__}: {error}"
+        self._failures, self._rests_until_s = self._failures + 1, now_s + pause_s
 
     def _move(self) -> bool:
         version = self._log.next_version(self._version)

@@ -1,17 +1,22 @@
 """What a new version does to samples in the making; a scripted engine, a real log, no Ray."""
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.config import LogConfig
-from gossamer.comm.live import CommitStats
+from gossamer.comm.fold import fold
+from gossamer.comm.live import ApplyError, CommitStats, LiveWeights
 from gossamer.comm.log import WeightLog
+from gossamer.comm.manifest import LogError
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.rollout import Request, Sample, VersionSpan
-from gossamer.comm.signing import SignatureError, write_keys
+from gossamer.comm.signing import write_keys
+from gossamer.comm.store import StoreError
+from gossamer.comm.subscriber import Subscriber
 from gossamer.launch.config import RolloutConfig
 from gossamer.launch.engine_actor import EngineActor, UnfitError, joined
 from tiny_run import events
@@ -64,6 +69,51 @@ class SteppingEngine:
         return CommitStats(version=self.version, pause_s=0.0, num_changed=0)
 
 
+class ForgetfulEngine(SteppingEngine):
+    """As vLLM: of a request that is cut nothing is kept, but of one that is finished all."""
+
+    def generate(self, requests: list[Request], is_cut=None) -> list[Sample]:
+        return [
+            sample
+            if sample.finished or len(sample.token_ids) == request.max_new_tokens
+            else replace(sample, token_ids=(), logprobs=(), spans=())
+            for request, sample in zip(requests, super().generate(requests, is_cut), strict=True)
+        ]
+
+
+class FailingEngine(SteppingEngine):
+    """Staging raises what `faults` holds, one after the other."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.faults, self.staged = [], []
+
+    def stage(self, version: int) -> None:
+        self.staged.append(version)
+        if self.faults:
+            raise self.faults.pop(0)
+        super().stage(version)
+
+
+class LiveEngine(FailingEngine):
+    """Holds the log's bits."""
+
+    def __init__(self, model: dict, log: WeightLog, *, pad_id: int, eos_id: int) -> None:
+        super().__init__(model, log, pad_id=pad_id, eos_id=eos_id)
+        self.live = LiveWeights({"a": torch.zeros(4, dtype=torch.bfloat16)})
+        self._subscriber = Subscriber(log, self.live)
+
+    def stage(self, version: int) -> None:
+        self.staged.append(version)
+        self._ready = self._subscriber.fetch_and_stage(version)
+
+    def commit(self) -> CommitStats:
+        return self._subscriber.commit(self._ready)
+
+    def audit(self) -> str:
+        return self.live.audit()
+
+
 def spans_of(tokens: list[int], last: int) -> tuple[VersionSpan, ...]:
     """Read off the tokens; an end of sequence is the last version's."""
     versions = [last if token == EOS else token - 10 for token in tokens]
@@ -87,9 +137,11 @@ def build(tmp_path):
 
     publish()
 
-    def build(mode: str, **options) -> tuple[EngineActor, SteppingEngine]:
+    def build(
+        mode: str, engine: str = "SteppingEngine", **options
+    ) -> tuple[EngineActor, SteppingEngine]:
         rollout = RolloutConfig(
-            engine="test_engine_actor:SteppingEngine", on_new_version=mode, **options
+            engine=f"test_engine_actor:{engine}", on_new_version=mode, **options
         )
         actor = EngineActor("engine-0", str(tmp_path), rollout, IDS)
         engine = actor._engine
@@ -102,7 +154,7 @@ def build(tmp_path):
             while not reached() and time.monotonic() < deadline:
                 time.sleep(0.005)
 
-        engine.between = between
+        engine.between, engine.publish, engine.log = between, publish, log
         return actor, engine
 
     return build
@@ -148,6 +200,62 @@ def test_each_way_to_take_a_version(build, tmp_path, mode, tokens):
     assert engine.version == 1  # the version that waited is taken behind the unit
 
 
+@pytest.mark.parametrize("mode", ["recompute", "abort"])
+def test_what_was_finished_is_not_kept_where_nothing_else_is(build, tmp_path, mode):
+    actor, engine = build(mode, "ForgetfulEngine")
+    samples = actor.run(asked(), 0)
+    assert [list(sample.token_ids) for sample in samples] == [
+        [11, EOS], [11, 11, 11, EOS], [11, 11, 11, 11, 11]
+    ]  # fmt: skip
+    assert engine.seen[1] == engine.seen[0]
+    (event,) = [e for e in events(tmp_path, "engine") if e["what"] == "generate"]
+    assert (event["cuts"], event["dropped_tokens"]) == (1, 2)
+
+
+def test_a_version_that_could_not_be_taken_is_looked_for_again(build, monkeypatch):
+    monkeypatch.setattr("gossamer.launch.engine_actor.AGAIN_S", (0.01, 0.02))
+    actor, engine = build("keep", "FailingEngine")
+    assert actor.catch_up(False) == 0
+    for faults in ([LogError("cut")], [ApplyError("other base"), OSError("full")]):
+        engine.faults = faults
+        engine.publish()
+        assert actor.catch_up(False) == engine.log.head() and actor.status()[1] is None
+    engine.faults = [StoreError("away")] * 9  # longer than anything else is tried
+    engine.publish()
+    assert actor.catch_up(False) == 3 and not engine.faults
+    engine.faults = [LogError("cut")] * 9
+    engine.publish()
+    with pytest.raises(UnfitError, match="LogError: cut"):
+        actor.catch_up(False)
+    assert len(engine.faults) == 6
+
+
+def test_a_store_is_not_waited_for_for_ever(build, monkeypatch):
+    monkeypatch.setattr("gossamer.launch.engine_actor.AGAIN_S", (0.01,))
+    monkeypatch.setattr("gossamer.launch.engine_actor.STORE_AGAIN_S", 0.1)
+    actor, engine = build("keep", "FailingEngine")
+    actor.catch_up(False)
+    engine.faults = [StoreError("away")] * 1000
+    engine.publish()
+    with pytest.raises(UnfitError, match="StoreError: away"):
+        actor.catch_up(False)
+
+
+def test_an_unsound_fold_is_gone_round(build, monkeypatch, tmp_path):
+    monkeypatch.setattr("gossamer.launch.engine_actor.AGAIN_S", (0.01,))
+    actor, engine = build("keep", "LiveEngine")
+    assert actor.catch_up(False) == 0
+    with actor._moving:  # it sees all of it at once
+        for _ in range(3):
+            engine.publish()
+        fold(engine.log, 0, 3)
+        (ref,) = engine.log.fold(0, 3).delta
+        part = tmp_path / "log" / ref.name
+        part.write_bytes(part.read_bytes()[:-1] + b"!")
+    assert actor.catch_up(True) == 3
+    assert engine.staged == [0, 3, 1, 2, 3]
+
+
 def test_a_unit_is_stopped_no_more_often_than_told(build):
     actor, engine = build("abort", max_cuts=0)
     samples = actor.run(asked(), 0)
@@ -170,7 +278,10 @@ def test_pieces_of_one_version_become_one_span():
     assert [(s.start, s.stop, s.version) for s in whole.spans] == [(0, 3, 3), (3, 5, 4)]
 
 
-def test_engines_that_were_given_a_key_follow_nothing_else(build, tmp_path):
+def test_engines_that_were_given_a_key_follow_nothing_else(build, monkeypatch, tmp_path):
+    monkeypatch.setattr("gossamer.launch.engine_actor.AGAIN_S", (0.01,))
     write_keys(tmp_path / "key")
-    with pytest.raises((UnfitError, SignatureError), match="is not signed"):
-        build("keep", public_key_path=str(tmp_path / "key.pub"))[0].catch_up(False)
+    actor, engine = build("keep", public_key_path=str(tmp_path / "key.pub"))
+    assert actor._log.public_key == str(tmp_path / "key.pub")  # vLLM's workers are told of it
+    with pytest.raises(UnfitError, match="is not signed"):
+        actor.catch_up(False)
