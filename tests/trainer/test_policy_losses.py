@@ -250,3 +250,19 @@ def test_kl_by_hand():
     assert loss.kl_sum.item() == pytest.approx(kl, rel=1e-6)
     assert loss.loss_sum.item() == pytest.approx(0.5 * kl, rel=1e-6)
     assert gradient[0, 0, 1].item() == pytest.approx(0.5 * (1 - 0.5) * 0.5, rel=1e-6)
+
+    # far beyond what exp() is trusted with it still pulls towards the reference, ever as hard
+    pulls = []
+    for logit in (-19.0, -21.0, -60.0):
+        with torch.no_grad():
+            logits[0, 0, 1] = logit
+        told[0, 0] = 0.0
+        loss = policy_loss(logits, replace(batch, reference_logprobs_BS=told), config)
+        (gradient,) = torch.autograd.grad(loss.loss_sum, logits)
+        pulls.append(gradient[0, 0, 1].item())
+        difference = -(logits.detach()[0, 0].log_softmax(0)[1].item())
+        beyond = max(0.0, difference - 20)
+        kl = math.exp(min(difference, 20)) * (1 + beyond) - difference - 1
+        assert loss.kl_sum.item() == pytest.approx(kl, rel=1e-6)
+        assert pulls[-1] == pytest.approx(0.5 * (1 - math.exp(min(difference, 20))), rel=1e-6)
+    assert pulls[0] > pulls[1] == pytest.approx(pulls[2])

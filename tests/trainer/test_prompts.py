@@ -1,6 +1,6 @@
 import pytest
 from gossamer.trainer.rl.config import RLConfig
-from gossamer.trainer.rl.prompts import prompt_batch, requests_for
+from gossamer.trainer.rl.prompts import phase_seed, prompt_batch, requests_for
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,6 +24,12 @@ def test_order_depends_on_seed_and_epoch():
     assert sorted(first) == sorted(prompt_batch(0, 1, 50, 50)) == list(range(50))
     assert first != prompt_batch(0, 1, 50, 50)
     assert first != prompt_batch(1, 0, 50, 50)
+
+
+def test_each_phase_has_a_seed_of_its_own_and_the_first_the_runs():
+    seeds = [phase_seed(seed, phase) for seed in (0, 1) for phase in range(20)]
+    assert seeds[0] == 0 and seeds[20] == 1 and len(set(seeds)) == 40
+    assert phase_seed(11, 1) == phase_seed(11, 1) < 2**48
 
 
 def test_too_few_problems_are_refused():

@@ -22,6 +22,10 @@ def by_sample(completion: str, problem: Problem, finished: bool) -> float:
     return float(completion == "b") if problem.problem_id >= 108 else 0.5
 
 
+def broken(completion: str, problem: Problem, finished: bool) -> float:
+    return float(completion)
+
+
 @dataclass
 class Scripted:
     """A RolloutSource: sample g of a prompt is "a", or "b" where g is 1; some prompts are lost."""
@@ -108,6 +112,24 @@ def test_a_lost_prompt_takes_its_group_with_it():
     _, told = made.collect(0)
     assert told.groups == told.groups_learned == 1 and told.groups_lost == 3
     assert list(told.samples_learned.values()) == [[0, 1]]
+
+
+def test_a_second_phase_asks_and_samples_otherwise():
+    asked = []
+    for phase in (0, 1, 1):
+        source = Scripted()
+        made = batches(source)
+        made.ask_ahead(6, range(1, 9), phase)
+        asked.append((source.asked["1"], [r.key for unit in source._units for r in unit]))
+    assert asked[1] == asked[2] and asked[1][0] != asked[0][0]
+    assert not set(asked[0][1]) & set(asked[1][1])
+    assert all(key[:2] == (made._config.seed, 1) for key in asked[0][1])
+
+
+def test_why_no_prompt_was_scored_is_said():
+    made = batches(Scripted(), reward="test_rollouts:broken", drop_unscored=True)
+    with pytest.raises(RuntimeError, match="none of update 0's .* scored; rl.reward failed at 0/"):
+        made.collect(0)
 
 
 def test_nothing_left_is_said():

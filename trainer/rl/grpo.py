@@ -27,7 +27,7 @@ from gossamer.trainer.losses import learned_logprobs
 from gossamer.trainer.rl.config import RLConfig
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0  # beyond it exp() only serves to overflow
+MAX_LOG_RATIO = 20.0  # beyond it exp() only serves to overflow; the KL goes on as a straight line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,7 +120,9 @@ def policy_loss(logits_BSV: Tensor, batch: PolicyBatch, config: RLConfig) -> Pol
     kl_sum = logprobs_T.new_zeros(())
     if config.kl_coef:
         difference_T = batch.reference_logprobs_BS[learned_BS] - logprobs_T
-        kl_T = difference_T.clamp(max=MAX_LOG_RATIO).exp() - difference_T - 1.0
+        beyond_T = (difference_T - MAX_LOG_RATIO).clamp(min=0.0)
+        power_T = difference_T.clamp(max=MAX_LOG_RATIO).exp() * (1.0 + beyond_T)
+        kl_T = power_T - difference_T - 1.0
         loss_T = loss_T + config.kl_coef * kl_T
         kl_sum = kl_T.detach().sum()
     return PolicyLoss(

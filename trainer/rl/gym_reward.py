@@ -2,6 +2,7 @@
 
 The one idea: a data set may accept other answers than the one it names, and needs the whole entry
 to tell; entries are generated again from the task's config, so problems.json need not hold them.
+Scorers are written for answers, not for whatever a model says: one that raises has found no answer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from gossamer.trainer.task import Problem, gym_dataset
 
 
 class GymReward:
-    """Reward; 0 for a completion that was cut. Raises ValueError without a task."""
+    """Reward; 0 for a completion that was cut, or that the scorer cannot read.
+
+    Raises ValueError without a task.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         if config.task is None:
@@ -34,4 +38,7 @@ class GymReward:
                 " problems.json was made of"
             )
         entry = self._entries[problem.question]
-        return float(self._dataset.score_answer(completion.strip(), entry))
+        try:
+            return float(self._dataset.score_answer(completion.strip(), entry))
+        except Exception:  # it parses what the model said, and names no errors of its own
+            return 0.0

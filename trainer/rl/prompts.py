@@ -1,17 +1,26 @@
 """Which problems a step asks, and the requests that ask them.
 
 The one idea: both are pure functions of (seed, step), so a resumed run asks what the killed one
-would have asked, whichever engines there are.
+would have asked, whichever engines there are; each grpo phase has a seed of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from hashlib import blake2b
 
 import numpy as np
 from gossamer.comm.rollout import Request
 from gossamer.trainer.batch import permutation
 from gossamer.trainer.rl.config import RLConfig
+
+
+def phase_seed(seed: int, phase: int) -> int:
+    """The seed of prompts and samples of the run's grpo phase number `phase`; the run's, of 0."""
+    if phase == 0:
+        return seed
+    words = f"{seed},grpo phase,{phase}".encode()
+    return int.from_bytes(blake2b(words, digest_size=6).digest(), "little")
 
 
 def prompt_batch(seed: int, step: int, num_prompts: int, num_problems: int) -> list[int]:

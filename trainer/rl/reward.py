@@ -31,8 +31,9 @@ class Reward(Protocol):
         """A finite number, higher is better.
 
         completion: the decoded tokens, without specials. finished: False when the completion was
-        cut before it ended by itself. Raises RewardError when it cannot be told. Called by several
-        threads at a time where rl.reward_workers is more than 1.
+        cut before it ended by itself. Raises RewardError when it cannot be told; anything else
+        that it raises counts as that, too. Called by several threads at a time where
+        rl.reward_workers is more than 1.
         """
         ...
 
@@ -55,19 +56,21 @@ def score_samples(
     problems: Sequence[Problem],
     workers: int = 1,
 ) -> list[float | RewardError]:
-    """The reward of each sample, or why it has none; `workers` are judged at a time.
-
-    Raises ValueError when a reward is not a finite number.
-    """
+    """The reward of each sample, or why it has none; `workers` are judged at a time."""
 
     def score(sample: Sample, problem: Problem) -> float | RewardError:
+        name, completion = sample.request_id, tokenizer.decode(sample.token_ids)
         try:
-            found = reward(tokenizer.decode(sample.token_ids), problem, sample.finished)
+            found = float(reward(completion, problem, sample.finished))
         except RewardError as error:
             return error
+        except Exception as error:  # of a program that reads whatever a model may say
+            why = RewardError(f"rl.reward failed at {name}: {type(error).__name__}: {error}")
+            why.__cause__ = error
+            return why
         if not math.isfinite(found):
-            raise ValueError(f"rl.reward gave {found} for {sample.request_id}; expected a number")
-        return float(found)
+            return RewardError(f"rl.reward gave {found} for {name}; expected a finite number")
+        return found
 
     if workers == 1:
         return [score(*pair) for pair in zip(samples, problems, strict=True)]

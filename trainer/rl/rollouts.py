@@ -8,6 +8,7 @@ max_staleness + 1 batches are ever asked for and not yet learned from.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,13 @@ from gossamer.comm.rollout import Request, Sample
 from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.rl.groups import Group, choose_samples
 from gossamer.trainer.rl.grpo import PolicyBatch, pack_samples
-from gossamer.trainer.rl.prompts import other_prompts, prompt_batch, request_id, requests_for
+from gossamer.trainer.rl.prompts import (
+    other_prompts,
+    phase_seed,
+    prompt_batch,
+    request_id,
+    requests_for,
+)
 from gossamer.trainer.rl.reward import RewardError, build_reward, exact_match, score_samples
 from gossamer.trainer.task import Problem, TaskProblems, prompt_ids
 from gossamer.trainer.tokenizer import Tokenizer
@@ -66,6 +73,8 @@ class RolloutStatistics:
     """Rounds in which other prompts were asked (rl.refill_rounds)."""
     samples_learned: dict[int, list[int]]
     """The books: numbers of the samples that are learned from, by problem id."""
+    score_s: float
+    """What judging the samples took, of the time that the batch was waited for."""
 
 
 class RolloutBatches:
@@ -84,17 +93,22 @@ class RolloutBatches:
         self._reward = build_reward(config)
         self._asked: dict[int, list[int]] = {}
         self._version = -1  # the newest that was published; nothing is asked before the first
+        self._score_s = 0.0
+        self._seed = config.seed
+        self._unscored: RewardError | None = None
 
-    def ask_ahead(self, version: int, steps: range) -> None:
+    def ask_ahead(self, version: int, steps: range, phase: int = 0) -> None:
         """`version` was published: asks for every batch that it entitles us to.
 
         steps: the updates that the phase has yet to make, from the one that starts on `version`.
+        phase: how many grpo phases of the run went before.
         """
         rl, self._version = self._config.rl, version
+        self._seed = phase_seed(self._config.seed, phase)
         for ahead in steps[: rl.max_staleness + 1]:
             if ahead not in self._asked:
                 num_problems = len(self._problems.train)
-                numbers = prompt_batch(self._config.seed, ahead, rl.prompts_per_step, num_problems)
+                numbers = prompt_batch(self._seed, ahead, rl.prompts_per_step, num_problems)
                 self._submit(str(ahead), ahead, numbers)
                 self._asked[ahead] = numbers
 
@@ -105,6 +119,7 @@ class RolloutBatches:
         says that an unscored prompt ends the run.
         """
         rl, numbers = self._config.rl, self._asked.pop(phase_step)
+        self._score_s = 0.0
         groups = self._gather(str(phase_step), phase_step, numbers)
         refills = 0
         while refills < rl.refill_rounds and (others := self._others(phase_step, groups, numbers)):
@@ -113,7 +128,10 @@ class RolloutBatches:
             self._submit(batch, phase_step, others)
             groups += self._gather(batch, phase_step, others)
         if not groups:
-            raise RuntimeError(f"none of update {phase_step}'s prompts was answered and scored")
+            why = f"; {self._unscored}" if self._unscored else ""
+            raise RuntimeError(
+                f"none of update {phase_step}'s prompts was answered and scored{why}"
+            )
         chosen = groups
         if refills:
             mixed_groups = [group for group in groups if group.is_mixed]
@@ -126,13 +144,13 @@ class RolloutBatches:
         missing = rl.prompts_per_step - sum(group.is_mixed for group in groups)
         wanted = -(-missing // rl.prompts_per_unit) * rl.prompts_per_unit
         num_problems = len(self._problems.train)
-        return other_prompts(self._config.seed, step, max(0, wanted), num_problems, asked)
+        return other_prompts(self._seed, step, max(0, wanted), num_problems, asked)
 
     def _submit(self, batch: str, step: int, numbers: list[int]) -> None:
         """Asks for samples of the training problems of these numbers."""
         problems = [self._problems.train[number] for number in numbers]
         prompts = {p.problem_id: prompt_ids(self._tokenizer, p) for p in problems}
-        units = requests_for(step, self._config.seed, prompts, self._config.rl)
+        units = requests_for(step, self._seed, prompts, self._config.rl)
         self._source.submit(batch, units, self._version)
 
     def _gather(self, batch: str, step: int, numbers: list[int]) -> list[Group]:
@@ -144,6 +162,7 @@ class RolloutBatches:
             ids = [request_id(step, problem.problem_id, g) for g in range(rl.samples_per_prompt)]
             if all(each in answered for each in ids):
                 found.append((problem, [answered[each] for each in ids]))
+        start_s = time.perf_counter()
         scores = score_samples(
             self._reward,
             self._tokenizer,
@@ -151,14 +170,17 @@ class RolloutBatches:
             [problem for problem, samples in found for _ in samples],
             rl.reward_workers,
         )
+        self._score_s += time.perf_counter() - start_s
         groups = []
         for place, (problem, samples) in enumerate(found):
             own = scores[place * rl.samples_per_prompt : (place + 1) * rl.samples_per_prompt]
             rewards = [score for score in own if not isinstance(score, RewardError)]
             if len(rewards) == len(own):
                 groups.append(Group(problem, samples, rewards))
-            elif not rl.drop_unscored:
-                raise next(score for score in own if isinstance(score, RewardError))
+                continue
+            self._unscored = next(score for score in own if isinstance(score, RewardError))
+            if not rl.drop_unscored:
+                raise self._unscored
         return groups
 
     def _pack(
@@ -194,6 +216,7 @@ class RolloutBatches:
             groups_lost=lost,
             refills=refills,
             samples_learned=learned,
+            score_s=self._score_s,
         )
 
     def heldout_exact_match(self) -> tuple[float, int]:
