@@ -17,6 +17,7 @@ from gossamer.trainer.import_path import check_name
 from gossamer.trainer.moe.config import FAMILY_ROUTERS, ROUTERS, MoEConfig
 from gossamer.trainer.rl.config import RLConfig
 from gossamer.trainer.sparsity.config import SparsityConfig
+from gossamer.trainer.sparsity.schedules import window
 from gossamer.trainer.step.config import HeldoutConfig, MetricsConfig, OptimConfig, PhaseConfig
 
 
@@ -178,6 +179,9 @@ class TrainConfig:
             "model.moe.dense_to_sparse.diversify_steps with sparsity; expected 0, for experts that"
             " are copied have other masks",
         )
+        if self.sparsity is not None:
+            for rule in self.sparsity.rules:
+                window(rule.schedule, self.sparsity.total_steps or self.max_steps)
         if self.outer is not None:
             self._check_outer(self.outer)
             if self.sparsity is not None:

@@ -5,6 +5,8 @@ from gossamer.launch.cli import main
 
 SMALL = ["train.task.size=900", "train.task.min_heldout=10", "train.tokenizer.vocab_size=300"]
 
+RARE = "{kind: linear, density: 0.5, every_steps: 9999}"
+
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
@@ -13,6 +15,7 @@ SMALL = ["train.task.size=900", "train.task.min_heldout=10", "train.tokenizer.vo
         (["train.model.router=no.such:Router"], "there is no module no.such"),
         (["train.sparsity={method: 'no.such:Plan'}"], "there is no module no.such"),
         (["train.sparsity={rules: [{criterion: 'no.such:f'}]}"], "there is no module no.such"),
+        ([f"train.sparsity={{rules: [{{schedule: {RARE}}}]}}"], "schedule.every_steps is 9999, so"),
         (["train.model.hf.model_type=qwen3"], "model.hf.model_type is qwen3; expected one whose"),
         (["train.rl.reward=exact"], "rl.reward is 'exact'; expected one of ['exact_match', "),
         (["train.rl.reward=no_such:f"], "rl.reward is 'no_such:f', but there is no module"),

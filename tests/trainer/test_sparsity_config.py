@@ -73,6 +73,37 @@ from gossamer.trainer.sparsity.recipes import RECIPES
             "schedule.density is 0.3 with pattern 2:4; expected at least 0.5",
         ),
         (
+            lambda: RuleConfig(
+                pattern=PatternConfig(kind="n_m_floor"),
+                schedule=ScheduleConfig(kind="levels", density=0.6, levels=(0.4, 0.6)),
+            ),
+            "schedule.density is 0.4 with pattern 2:4; expected at least 0.5",
+        ),
+        (
+            lambda: RuleConfig(
+                pattern=PatternConfig(kind="n_m_floor"),
+                distribution=DistributionConfig(kind="erk", floor=0.4),
+                schedule=ScheduleConfig(density=0.6),
+            ),
+            "n_m_floor 2:4; expected distribution.floor at least 0.5",
+        ),
+        (
+            lambda: RuleConfig(
+                pattern=PatternConfig(kind="n_m"), schedule=ScheduleConfig(density=0.3)
+            ),
+            "schedule.density is 0.3 with pattern.kind n_m; expected none, for 2 of 4 are kept",
+        ),
+        (
+            lambda: RuleConfig(
+                schedule=ScheduleConfig(every_steps=5), regrow=RegrowConfig(window_steps=20)
+            ),
+            "regrow.window_steps is 20; expected at most schedule.every_steps=5",
+        ),
+        (
+            lambda: RuleConfig(schedule=ScheduleConfig(density=0.3, start=0.2)),
+            "schedule.start is 0.2 with kind static; expected 0, or kind one_shot",
+        ),
+        (
             lambda: RuleConfig(end=EndConfig(kind="prune")),
             "end.kind is prune with flow.kind masked",
         ),

@@ -45,13 +45,44 @@ def rule(recipe: str, **changes) -> SparsityConfig:
     return SparsityConfig(rules=(replace(found, **changed),))
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_ends_at_its_density_and_only_due_updates_change_a_mask(name):
-    total, shapes = 2000, {n: s for n, s in EXPERTS.items() if "layers.0" in n}
+LAST_DENSITY = {
+    "static_uniform": 0.1,
+    "static_erk": 0.1,
+    "spdf": 1.0,
+    "spdf_variable": 1.0,
+    "journey": 0.2,
+    "journey_per_expert": 0.2,
+    "gmp": 0.1,
+    "set": 0.1,
+    "rigl": 0.1,
+    "granet": 0.1,
+    "granet_sparse": 0.1,
+    "granet_uniform": 0.1,
+    "ste": 0.5,
+    "sr_ste": 0.5,
+    "pgf_mask": 0.125,
+    "pgf_stepwise": 0.125,
+    "pgf_geometric": 0.125,
+    "acdc": 0.1,
+    "ast": 0.5,
+    "cast": 0.5,
+}
+"""As the papers have it."""
+
+
+def test_every_recipe_is_in_the_table():
+    assert list(LAST_DENSITY) == list(RECIPES)
+
+
+@pytest.mark.parametrize("total", [2000, 2060])
+@pytest.mark.parametrize("name", LAST_DENSITY)
+def test_every_recipe_ends_at_its_density_and_only_due_updates_change_a_mask(name, total):
+    shapes = {n: s for n, s in EXPERTS.items() if "layers.0" in n}
     plan = SparsityPlan(RECIPES[name])
     names = plan.begin(shapes, Horizon(total))
     bands = make_bands(shapes)
-    for step in sorted({*range(0, total + 1, 100), 1740}):  # 87 %, where variable SPDF ends
+    steps = {round(share * total) for share in (0.8, 0.87)}  # where SPDF and its variable one end
+    for step in sorted({*range(0, total + 1, 100), *steps}):
         point = Point(step)
         due = plan.step(point).updates
         assert due in (frozenset(), frozenset(names))
@@ -60,8 +91,7 @@ def test_every_recipe_ends_at_its_density_and_only_due_updates_change_a_mask(nam
             assert all(m is b.mask_RC for b, m in zip(bands, masks, strict=True))
         for b, mask in zip(bands, masks, strict=True):
             b.mask_RC = mask
-    target = plan.target(Point(total))
-    expected = sum(target[b.name] * b.mask_RC.numel() for b in bands)
+    expected = LAST_DENSITY[name] * sum(b.mask_RC.numel() for b in bands)
     assert sum(int(b.mask_RC.sum()) for b in bands) == pytest.approx(expected, abs=1)
 
 
@@ -72,6 +102,22 @@ def test_static_keeps_the_highest_draws_and_never_changes():
     plan = SparsityPlan(config)
     plan.begin({NAME: (1, 8)}, Horizon(1000))
     assert not any(plan.step(Point(step)).updates for step in range(1, 1001))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("journey_per_expert", {"schedule": {"every_steps": 10}}),  # begins at .0998 of 40 steps
+        ("gmp", {"schedule": {"kind": "one_shot", "start": 0.1, "every_steps": 10}}),
+        ("pgf_stepwise", {"schedule": {"start": 0.0}, "flow": {"kind": "masked"}}),
+    ],
+)
+def test_what_is_pruned_at_once_goes_by_the_criterion(recipe, changes):
+    """A window may begin at step 0: a dense matrix is pruned there, no mask is drawn."""
+    weights = [0.1, 9.0, 0.2, 8.0, 0.3, 7.0, 0.4, 6.0]
+    (kept,) = updated(rule(recipe, **changes), [band(weights)], 0, total=40)
+    assert 0 < len(kept) < 8
+    assert kept == sorted(sorted(range(8), key=lambda i: -weights[i])[: len(kept)])
 
 
 def test_seeds_differ():
@@ -204,6 +250,38 @@ def test_the_window_of_dense_gradients():
     plan = SparsityPlan(rule("set"))
     plan.begin(EXPERTS, Horizon(1000))
     assert not any(plan.step(Point(step)).scores for step in range(1000))
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "saliency", "momentum"])
+@pytest.mark.parametrize("kind", ["ste", "soft", "dense"])
+def test_before_there_are_gradients_live_weights_are_kept_by_magnitude(criterion, kind):
+    config = rule("ste", schedule={"every_steps": 2}, flow={"kind": kind})
+    config = replace(config, rules=(replace(config.rules[0], criterion=criterion),))
+    weights, gradients = [4.0, 0.0, 3.0, 0.0], [0.0, 1.0, 0.0, 1.0]
+    assert updated(config, [band(weights)], 0) == [[0, 2]]
+    if criterion == "gradient":
+        assert updated(config, [band(weights, None, gradients)], 10) == [[1, 3]]
+    if criterion != "momentum":  # a replica that comes late has no window
+        assert updated(config, [band(weights)], 10) == [[0, 2]]
+
+
+def test_growth_by_gradient_never_goes_without():
+    with pytest.raises(ValueError, match="comes without its window's gradient; expected one"):
+        updated(rule("rigl", **RIGL), [band([1.0] * 10, [0, 1])], 50)
+
+
+def test_a_target_holds_where_masks_do():
+    """Frozen at step 47, after a change at 40, of a fall from 10 to 80."""
+    config = rule(
+        "gmp",
+        schedule={"kind": "linear", "start": 0.1, "stop": 0.8, "every_steps": 10},
+        end={"at": 0.47},
+    )
+    plan = SparsityPlan(config)
+    (name,) = plan.begin({NAME: (1, 70)}, Horizon(100))
+    assert [s for s in range(101) if plan.step(Point(s)).updates] == [0, 20, 30, 40]
+    found = [plan.target(Point(step))[name] for step in (30, 40, 47, 60, 100)]
+    assert found == pytest.approx([1 - 0.9 * 2 / 7] + [1 - 0.9 * 3 / 7] * 4)
 
 
 def test_spdf_ends_dense_with_a_warm_learning_rate():

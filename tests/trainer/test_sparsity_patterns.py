@@ -92,6 +92,27 @@ def test_a_static_n_m_mask_stays():
     assert not plan.step(Point(50)).updates
 
 
+@pytest.mark.parametrize("kind", ["masked", "ste", "soft"])
+def test_n_of_m_begins_where_the_schedule_does(kind):
+    rule = RuleConfig(
+        pattern=PatternConfig(kind="n_m"),
+        schedule=ScheduleConfig(every_steps=10, start=0.3),
+        flow=FlowConfig(kind=kind),
+    )
+    _, found = advanced(SparsityConfig(rules=(rule,)), (0, 30, 40))
+    assert [groups_of(found[step][0], 4) for step in found] == [[4], [2], [2]]
+
+
+def test_erk_gives_every_group_its_floor():
+    rule = RuleConfig(
+        pattern=PatternConfig(kind="n_m_floor"),
+        distribution=DistributionConfig(kind="erk", floor=0.5),
+        schedule=ScheduleConfig(density=0.6),
+    )
+    _, found = advanced(SparsityConfig(rules=(rule,)), (0,))
+    assert min(groups_of(mask, 4)[0] for mask in found[0]) == 2
+
+
 def test_journeys_2_of_4_never_takes_more_than_two():
     rule = RuleConfig(
         pattern=PatternConfig(kind="n_m_floor"),

@@ -29,7 +29,7 @@ def journey(density: float, every_steps: int = 100) -> ScheduleConfig:
 
 def densities(schedule: ScheduleConfig, total: int) -> list[float]:
     """Density in force in each step; masks change every every_steps."""
-    within = window(schedule, Horizon(total))
+    within = window(schedule, total)
     every = schedule.every_steps
     return [density_at(schedule, within, step // every * every) for step in range(total)]
 
@@ -58,14 +58,14 @@ of the cards give it as billions, to two digits, of 1.14 linear ones."""
 @pytest.mark.parametrize("sparsity", RELEASED)
 def test_journeys_window_is_that_of_the_released_models_to_one_event(sparsity):
     total, start, stop, _ = RELEASED[sparsity]
-    within = window(journey(1.0 - sparsity), Horizon(total))
+    within = window(journey(1.0 - sparsity), total)
     assert within.start == pytest.approx(start * total, abs=100)
     assert within.stop == pytest.approx(stop * total, abs=100)
 
 
 def test_journeys_window_is_that_of_the_authors_config():
     """Their 50 % run prunes from step 12,500 to 47,200 of 72,200."""
-    assert window(journey(0.5), Horizon(72_200)) == Window(12_500, 47_200)
+    assert window(journey(0.5), 72_200) == Window(12_500, 47_200)
 
 
 @pytest.mark.parametrize("sparsity", RELEASED)
@@ -87,7 +87,7 @@ def test_no_other_curve_has_the_mean_density_of_the_40_percent_model(kind, mean)
 
 def test_each_of_journeys_changes_takes_the_same_share_of_the_survivors():
     schedule = journey(0.5)
-    within = window(schedule, Horizon(72_200))
+    within = window(schedule, 72_200)
     events = [density_at(schedule, within, x) for x in range(12_500, 47_300, 100)]
     n = len(events)
     assert n == (47_200 - 12_500) // 100 + 1
@@ -99,7 +99,7 @@ def test_each_of_journeys_changes_takes_the_same_share_of_the_survivors():
 def test_cubic_by_hand():
     """0 to 90 % sparse from step 100 to 500: half way s = .9 - .9 / 8."""
     schedule = ScheduleConfig(kind="polynomial", density=0.1, start=0.1, stop=0.5)
-    within = window(schedule, Horizon(1000))
+    within = window(schedule, 1000)
     found = [1 - density_at(schedule, within, x) for x in (0, 100, 200, 300, 500, 900)]
     assert found == pytest.approx([0, 0, 0.9 * (1 - 27 / 64), 0.9 * 7 / 8, 0.9, 0.9])
 
@@ -122,6 +122,34 @@ def test_the_other_kinds_by_hand():
     ]
 
 
+@pytest.mark.parametrize("kind", ["linear", "polynomial", "geometric"])
+def test_a_density_is_reached_though_changes_do_not_divide_the_run(kind):
+    """260 steps, a change every 100: the last is at 200."""
+    for unit in ("steps", "tokens"):
+        schedule = ScheduleConfig(kind=kind, density=0.2, unit=unit)
+        within = window(schedule, 260)
+        assert within == Window(0, 200) and density_at(schedule, within, 200) == 0.2
+
+
+def test_a_prune_at_once_is_not_after_the_last_change():
+    assert window(ScheduleConfig(kind="one_shot", density=0.2, start=1.0), 260).start == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "total", "changes"),
+    [
+        ("linear", 199, "1 change;"),
+        ("polynomial", 99, "0 changes;"),
+        ("geometric", 99, "1 change;"),
+    ],
+)
+def test_a_fall_in_less_than_two_changes_is_refused(kind, total, changes):
+    schedule = ScheduleConfig(kind=kind, density=0.2)
+    with pytest.raises(ValueError, match=f"every_steps is 100, .* run of {total} .* in {changes}"):
+        window(schedule, total)
+    window(schedule, 200)
+
+
 @given(
     kind=st.sampled_from(["linear", "polynomial", "geometric"]),
     first=st.floats(0.5, 1.0),
@@ -142,7 +170,7 @@ def test_shares_of_compute_are_shares_of_the_sum_of_densities(kind, first, last,
         every_steps=1,
     )
     total = 20_000
-    within = window(schedule, Horizon(total))
+    within = window(schedule, total)
     found = densities(schedule, total)
     compute = sum(found)
     assert sum(found[: int(within.start)]) / compute == pytest.approx(start, abs=1e-3)
@@ -154,7 +182,7 @@ def test_shares_of_compute_are_shares_of_the_sum_of_densities(kind, first, last,
 def test_tokens_move_a_schedule_whatever_the_steps():
     schedule = ScheduleConfig(kind="linear", density=0.5, unit="tokens", every_steps=10)
     horizon = Horizon(1000, 4_000_000)
-    within = window(schedule, horizon)
+    within = window(schedule, horizon.total_steps)
     for step in (10, 900):
         x = position(schedule, Point(step, 1_000_000), horizon)
         assert density_at(schedule, within, x) == pytest.approx(0.875)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gossamer.trainer.import_path import check_name
+from gossamer.trainer.sparsity.conflicts import check_together
 
 SPARSITY_METHODS = {"plan": "gossamer.trainer.sparsity.plan:SparsityPlan"}
 """Each is built as `build(config)`, config being a SparsityConfig."""
@@ -31,6 +32,7 @@ GRADIENT_CRITERIA = ("gradient", "saliency")
 
 DISTRIBUTIONS = ("uniform", "erk", "layer", "global")
 SCHEDULES = ("static", "one_shot", "levels", "linear", "polynomial", "geometric", "cyclic")
+FALLING = ("linear", "polynomial", "geometric")
 UNITS = ("steps", "tokens", "compute")
 PATTERNS = ("unstructured", "n_m", "n_m_floor", "block")
 PATTERN_DECAYS = ("none", "stepwise", "geometric")
@@ -129,7 +131,7 @@ class ScheduleConfig:
         self._check_kind()
 
     def _check_kind(self) -> None:
-        falls = self.kind in ("linear", "polynomial", "geometric")
+        falls = self.kind in FALLING
         _require(
             self.initial_density >= self.density if falls else self.initial_density == 1.0,
             f"schedule.initial_density is {self.initial_density} with kind {self.kind};"
@@ -160,7 +162,8 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitialConfig:
-    """The first mask, drawn before the first step."""
+    """The first mask, drawn before the first step, where there is one from the beginning: flow masked
+    and schedule static, or initial_density below 1."""
 
     criterion: str = "random"
     """A name in CRITERIA that needs no gradient, or an import path."""
@@ -332,39 +335,7 @@ class RuleConfig:
     def __post_init__(self) -> None:
         _require(bool(self.match), "match is empty; expected at least one glob")
         check_name(self.criterion, CRITERIA, "criterion")
-        is_nm, is_masked = self.pattern.kind == "n_m", self.flow.kind == "masked"
-        _require(
-            not is_nm or (self.schedule.kind == "static" and self.distribution.kind == "uniform"),
-            "pattern.kind is n_m; expected schedule.kind static and distribution.kind uniform,"
-            " for the pattern says how many are kept",
-        )
-        n, m = self.pattern.n, self.pattern.m
-        _require(
-            self.pattern.kind != "n_m_floor" or self.schedule.density >= n / m,
-            f"schedule.density is {self.schedule.density} with pattern {n}:{m};"
-            f" expected at least {n / m:g}",
-        )
-        floor, ceiling = self.distribution.floor, self.distribution.ceiling
-        _require(
-            is_nm or floor <= self.schedule.density <= ceiling,
-            f"schedule.density is {self.schedule.density}; expected distribution.floor={floor} to"
-            f" distribution.ceiling={ceiling}",
-        )
-        _require(
-            ceiling == 1.0 or self.initial.distribution is None,
-            f"distribution.ceiling is {ceiling} with an initial.distribution; expected 1, for the"
-            " first mask may lie above it",
-        )
-        _require(
-            self.regrow.criterion == "none"
-            or (is_masked and not is_nm and self.pattern.kind != "n_m_floor"),
-            f"regrow.criterion is {self.regrow.criterion}; expected none, for only masked flows of"
-            " unstructured or block patterns grow",
-        )
-        _require(
-            self.end.kind != "prune" or not is_masked,
-            "end.kind is prune with flow.kind masked; expected freeze, masked weights are 0",
-        )
+        check_together(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,12 +29,12 @@ def frames(pattern: PatternConfig) -> list[tuple[int, int]]:
 
 
 def frame_at(pattern: PatternConfig, within: Window, x: float) -> tuple[int, int] | None:
-    """The (n, m) once x steps are done; None, dense, before the first of several frames."""
+    """The (n, m) once x steps are done; None, dense, before start."""
     found = frames(pattern)
-    if len(found) == 1 or x >= within.stop:
-        return found[-1]
     if x < within.start:
         return None
+    if len(found) == 1 or x >= within.stop:
+        return found[-1]
     return found[int((x - within.start) / (within.stop - within.start) * len(found))]
 
 

@@ -18,7 +18,7 @@ from gossamer.trainer.sparsity.config import (
     DistributionConfig,
     RuleConfig,
 )
-from gossamer.trainer.sparsity.criteria import Criterion
+from gossamer.trainer.sparsity.criteria import Criterion, magnitude
 from gossamer.trainer.sparsity.distributions import POOLED, densities
 from gossamer.trainer.sparsity.flow import Flow, flow_at
 from gossamer.trainer.sparsity.method import Band, Horizon, Point, Reduce, Shapes
@@ -41,12 +41,14 @@ class Rule:
                     f"distribution.kind is {distribution.kind} with blocks of sizes"
                     f" {sorted(blocks)}; expected one size, for they compete"
                 )
-        self.window = window(config.schedule, horizon)
+        self.window = window(config.schedule, horizon.total_steps)
         self.end_step = round(config.end.at * horizon.total_steps)
         self._keep_score = _criterion(config.criterion, "criterion")
         self._first_score = self._keep_score
-        if config.flow.kind == "masked":
+        if _is_drawn(config):
             self._first_score = _criterion(config.initial.criterion, "initial.criterion")
+        elif config.criterion in (*GRADIENT_CRITERIA, "momentum"):
+            self._first_score = magnitude
         self._grow_score = self._keep_score
         if config.regrow.criterion != "none":
             self._grow_score = _criterion(config.regrow.criterion, "regrow.criterion")
@@ -90,6 +92,7 @@ class Rule:
         """See SparsityMethod."""
         if self.is_over(point) and self.config.end.kind == "densify":
             return dict.fromkeys(self.shapes, 1.0)
+        point = self._until_end(point)
         x, pattern = self._position(point), self.config.pattern
         if pattern.kind == "n_m":
             frame = self._frame(x)
@@ -104,6 +107,15 @@ class Rule:
         share = (self._position(point) - first) / (last - first) if last > first else 1.0
         return flow_at(self.config.flow, point.step + 1, self._horizon.total_steps, share)
 
+    def _until_end(self, point: Point) -> Point:
+        """`point`, or the last change where none comes after it any more."""
+        every, last = self.config.schedule.every_steps, self.end_step
+        if self.config.end.kind == "freeze":
+            last = last // every * every
+        if point.step <= last:
+            return point
+        return Point(last, point.tokens * last // point.step)
+
     def _distribution(self, point: Point) -> DistributionConfig:
         first = self.config.initial.distribution
         return first if point.step == 0 and first else self.config.distribution
@@ -115,7 +127,8 @@ class Rule:
         return density_at(self.config.schedule, self.window, x)
 
     def _frame(self, x: float) -> tuple[int, int] | None:
-        return frame_at(self.config.pattern, self.window, x)
+        pattern = self.config.pattern
+        return frame_at(pattern, self.window, x) if pattern.kind == "n_m" else None
 
     def _grows(self, x: float) -> bool:
         regrow = self.config.regrow
@@ -147,7 +160,7 @@ class Rule:
             draw=f"mask {self._seed} {point.step}",
             reduce=reduce,
         )
-        score = self._first_score if point.step == 0 else self._keep_score
+        score = self._score(bands, point)
         if self.config.pattern.kind == "n_m":
             frame = self._frame(x)
             return change.groups(score, *frame) if frame else change.dense()
@@ -156,6 +169,25 @@ class Rule:
             regrow, share = self.config.regrow, self.drop_share(x)
             masks = change.trade(masks, self._keep_score, self._grow_score, share, regrow)
         return change.elements(masks)
+
+    def _score(self, bands: Sequence[Band], point: Point) -> Criterion:
+        """What weights are kept by now."""
+        if point.step == 0:
+            return self._first_score
+        if self.config.flow.kind != "masked" and self.config.criterion in GRADIENT_CRITERIA:
+            if any(band.gradient_RC is None for band in bands):  # a replica that comes late
+                return magnitude
+        return self._keep_score
+
+
+def _is_drawn(config: RuleConfig) -> bool:
+    """The first mask is there from the beginning, rather than the first change of a dense one."""
+    schedule, pattern = config.schedule, config.pattern
+    if config.flow.kind != "masked":
+        return False
+    if schedule.kind != "static":
+        return schedule.initial_density < 1.0
+    return pattern.kind != "n_m" or (pattern.decay == "none" and schedule.start == 0.0)
 
 
 def _criterion(name: str, field: str) -> Criterion:

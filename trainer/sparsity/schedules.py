@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from gossamer.trainer.sparsity.config import ScheduleConfig
-from gossamer.trainer.sparsity.method import Horizon, Point
+from gossamer.trainer.sparsity.config import FALLING, ScheduleConfig
+
+if TYPE_CHECKING:  # they bring torch, and a config asks for windows too
+    from gossamer.trainer.sparsity.method import Horizon, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +36,12 @@ def position(schedule: ScheduleConfig, point: Point, horizon: Horizon) -> float:
     return point.tokens * horizon.total_steps / horizon.total_tokens
 
 
-def window(schedule: ScheduleConfig, horizon: Horizon) -> Window:
-    """Start and stop in steps; multiples of every_steps, where steps are what is counted."""
+def window(schedule: ScheduleConfig, total_steps: int) -> Window:
+    """Start and stop in steps; multiples of every_steps, where steps are what is counted, and never
+    after the last change of masks.
+
+    Raises ValueError where a density that falls gradually would fall in less than two changes.
+    """
     start, stop, every = schedule.start, schedule.stop, schedule.every_steps
     if schedule.unit == "compute":
         mean = compute_density(schedule)
@@ -42,10 +49,19 @@ def window(schedule: ScheduleConfig, horizon: Horizon) -> Window:
             mean * start / schedule.initial_density,
             1.0 - mean * (1.0 - stop) / schedule.density,
         )
-    total = horizon.total_steps
-    if schedule.unit == "tokens":
-        return Window(start * total, stop * total)
-    return Window(every * round(start * total / every), every * round(stop * total / every))
+    ends = [start * total_steps, stop * total_steps]
+    if schedule.unit != "tokens":
+        ends = [every * round(end / every) for end in ends]
+    first, last = (min(end, total_steps // every * every) for end in ends)
+    changes = int(last - first) // every + (schedule.kind == "geometric")
+    falls = schedule.kind in FALLING and schedule.initial_density > schedule.density
+    if falls and changes < 2:
+        raise ValueError(
+            f"schedule.every_steps is {every}, so that the density of a run of {total_steps} steps"
+            f" falls in {changes} change{'s' * (changes != 1)}; expected fewer steps between"
+            " changes, for at least 2 of them"
+        )
+    return Window(first, last)
 
 
 def window_density(schedule: ScheduleConfig) -> float:
