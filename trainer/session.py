@@ -243,7 +243,9 @@ class Session:
         version = self._publishing.publish(self.progress.step)
         if self._feed.rollouts:
             steps = range(self.progress.phase_step, phase.max_steps)
-            self._feed.rollouts.ask_ahead(version, steps)
+            before = self.config.phases[: self.progress.phase_index]
+            number = sum(each.kind == "grpo" for each in before)
+            self._feed.rollouts.ask_ahead(version, steps, number)
 
     def record(self, phase: PhaseConfig, result: UpdateResult) -> None:
         """Writes the update's numbers."""
