@@ -20,6 +20,7 @@ from plotly.subplots import make_subplots
 
 COLORS = {
     "rollout": TEAL,
+    "score": "#7048e8",
     "train": BLUE,
     "encode": ORANGE,
     "wire": "#f2c037",
@@ -83,20 +84,24 @@ def _of_engine(event: Event) -> Iterable[Activity]:
 def _of_trainer(
     steps: list[Event], publishes: list[Event], done: list[Activity]
 ) -> Iterable[Activity]:
-    """A step: wait for a batch, train, then publish, whose parts follow one another."""
+    """A step: wait for samples, score them, train, then publish; one after the other.
+
+    Where prompts were asked again after scores (rl.refill_rounds), both are drawn as if once.
+    """
     ends = sorted((a.stop_s, a.who) for a in done if a.what == "rollout")
     published = {e["step"]: e for e in publishes}
     for step in steps:
         now_s, end_s = step["time_s"] - step["step_s"], step["time_s"]
-        parts = [("waiting", step.get("wait_s", 0.0))]
+        drawn_s, score_s = step.get("wait_s", 0.0), step.get("score_s", 0.0)
+        parts = [("waiting", drawn_s - score_s), ("score", score_s)]
         publish = published.get(step["step"])
         if publish and now_s < publish["time_s"] <= end_s:
             coding_s = sum(publish.get(key, 0.0) for key in ("export_s", "find_s", "encode_s"))
             wire_s = publish.get("put_s", 0.0) + publish.get("wait_s", 0.0)
-            train_s = publish["time_s"] - coding_s - wire_s - now_s - parts[0][1]
+            train_s = publish["time_s"] - coding_s - wire_s - now_s - drawn_s
             parts += [("train", train_s), ("encode", coding_s), ("wire", wire_s)]
         else:
-            parts += [("train", end_s - now_s - parts[0][1])]
+            parts += [("train", end_s - now_s - drawn_s)]
         for what, length_s in parts:
             label = f"step {step['step']}"
             if what == "waiting" and (last := bisect_right(ends, (now_s + length_s, "~"))):

@@ -168,7 +168,7 @@ def page(events: list[Event], summary: Event, config: str) -> str:
     ]
     if of_kind(events, "outer_round"):
         charts.append(round_chart(events))
-    if (changes := change_chart(events)) is not None:
+    if (changes := change_chart(settled)) is not None:
         charts.append(changes)
     if (masks := mask_chart(settled)) is not None:
         charts.append(masks)

@@ -4,9 +4,9 @@ The one idea: the events are the only source. Nothing here asks the trainer, the
 so the summary of a run that was killed is made exactly like that of one that ended well.
 
 A resumed run does steps again. `settle` keeps the later line: the first train step of an attempt
-takes back every train step of earlier attempts from that step on (and the evals after it), and an
-eval repeated at the same step replaces the earlier one. Published versions are never taken back:
-they crossed the wire, even when a takeover rewound them.
+takes back every train step of earlier attempts from that step on (with what they measured of
+changes, and the evals after it), and an eval repeated at the same step replaces the earlier one.
+Published versions are never taken back: they crossed the wire, even when a takeover rewound them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def read_events(run_dir: Path) -> list[Event]:
 
 
 def settle(events: list[Event]) -> list[Event]:
-    """The events without the train steps and evals that a later attempt did again."""
+    """The events without the train steps, changes and evals that a later attempt did again."""
     order: dict[str, int] = {}
     kept: list[tuple[int, tuple[int, int], Event]] = []
     attempt, phase, resumed = 0, "", False
@@ -115,7 +115,7 @@ def _eval_key(event: Event) -> tuple[str, int] | None:
 
 def _is_undone(event: Event, place: tuple[int, int], resumed_at: tuple[int, int]) -> bool:
     # an eval at the step we resume from tells of the weights before that step: it still holds
-    if event["event"] == "train_step":
+    if event["event"] in ("train_step", "change"):
         return place >= resumed_at
     return event["event"] == "eval" and place > resumed_at
 

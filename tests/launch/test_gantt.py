@@ -57,6 +57,13 @@ def test_a_hand_made_run():
     assert own["rollout"] == 6 / 20 and sum(own.values()) == pytest.approx(1.0)
 
 
+def test_scoring_is_nobodys_fault():
+    judged = [e | {"score_s": 2.0} if e.get("step") == 3 else e for e in HAND_MADE]
+    found = [(a.what, a.start_s, a.stop_s) for a in activities(judged) if a.who == "trainer"]
+    assert found[-3:] == [("waiting", 20.0, 23.0), ("score", 23.0, 25.0), ("train", 25.0, 30.0)]
+    assert shares(activities(judged), "trainer")["score"] == 2 / 20
+
+
 def test_every_second_of_an_engine_is_counted_once(tmp_path):
     write_run(tmp_path)
     found = activities(read_events(tmp_path))

@@ -34,12 +34,14 @@ def test_later_lines_win_and_what_they_undo_is_gone(tmp_path):
     run.start(1)
     for step in (1, 2, 3, 4):
         run.add("train_step", phase="rl", step=step, loss=1.0)
+        run.add("change", phase="rl", step=step)
         run.eval(step)
     run.start(2)
     run.add("train_step", phase="rl", step=3, loss=2.0)
     events = settle(read_events(tmp_path))
     steps = [(e["step"], e["loss"]) for e in events if e["event"] == "train_step"]
     assert steps == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert [e["step"] for e in events if e["event"] == "change"] == [1, 2]
     assert [e["step"] for e in events if e["event"] == "eval"] == [1, 2, 3]
     run.eval(3)
     evals = [e for e in settle(read_events(tmp_path)) if e["event"] == "eval"]
