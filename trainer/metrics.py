@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from typing import Any
 from gossamer.comm.store import open_store
 from gossamer.trainer.config import MetricsConfig
 from gossamer.trainer.event_store import FOLDER, StoreLines
-from gossamer.trainer.run_folder import url_of
+from gossamer.trainer.run_folder import url_of, where_of
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE, WANDB_FILE = "metrics.jsonl", "wandb_id"
 
 
 class EventLog:
@@ -100,6 +101,8 @@ class WandbMirror:
         self._run = wandb.init(
             project=config.wandb_project,
             name=name,
+            id=_wandb_id(run_dir),
+            resume="allow",  # each attempt goes on with the same one
             dir=run_dir,
             mode=config.wandb_mode,  # type: ignore[arg-type]
             config=settings,
@@ -116,3 +119,10 @@ class WandbMirror:
         """Flushes and ends the wandb run."""
         if self._run is not None:
             self._run.finish()
+
+
+def _wandb_id(run_dir: Path) -> str:
+    """Of the run: the first attempt leaves it in the run's folder."""
+    store = open_store(where_of(run_dir))
+    store.put(WANDB_FILE, secrets.token_hex(8).encode())  # stays what it is where it is there
+    return store.get(WANDB_FILE).decode()

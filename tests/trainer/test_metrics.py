@@ -1,7 +1,10 @@
 import json
 
 import pytest
-from gossamer.trainer.metrics import METRICS_FILE, EventLog, drop_torn_lines
+import wandb
+from gossamer.trainer.config import MetricsConfig
+from gossamer.trainer.metrics import METRICS_FILE, EventLog, WandbMirror, drop_torn_lines
+from gossamer.trainer.run_folder import open_run
 
 WHOLE = [b'{"event": "a", "time_s": 1.0}\n', b'{"event": "b", "time_s": 2.0}\n']
 
@@ -46,3 +49,15 @@ def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / METRICS_FILE).symlink_to("/dev/full")
     with pytest.raises(OSError, match=f"No space left.*{METRICS_FILE}"):
         EventLog(tmp_path).write("a", {})
+
+
+@pytest.mark.parametrize("is_url", [False, True])
+def test_attempts_go_on_with_one_wandb_run(tmp_path, monkeypatch, is_url):
+    monkeypatch.setenv("GOSSAMER_CACHE", str(tmp_path / "cache"))
+    begun = []
+    monkeypatch.setattr(wandb, "init", lambda **told: begun.append((told["id"], told["resume"])))
+    for name in ("a", "a", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        run_dir = open_run((tmp_path / name).as_uri() if is_url else tmp_path / name)
+        WandbMirror(run_dir, "run", MetricsConfig(wandb_mode="offline"), {})
+    assert begun[0] == begun[1] != begun[2] and {resume for _, resume in begun} == {"allow"}
