@@ -138,6 +138,11 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _file(self, name: str, size: int, with_body: bool) -> None:
+        whole = None
+        if with_body and not WRITTEN_ONCE.fullmatch(name):
+            # it may be replaced while it is sent: read at once, or it would be a mix of both
+            whole = self.server.store.get(name)
+            size = len(whole)
         start, stop, status, headers = 0, size, HTTPStatus.OK, {"Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if asked and with_body:
@@ -153,8 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Cache-Control"] = f"{scope}, max-age=31536000, immutable"
         self._begin(status, stop - start, headers)
         while with_body and start < stop:
+            end = min(stop, start + CHUNK_BYTES)
             try:
-                piece = self.server.store.get(name, start, min(stop, start + CHUNK_BYTES))
+                piece = whole[start:end] if whole else self.server.store.get(name, start, end)
             except OSError:
                 piece = b""
             if not piece:  # too late for a status; the reader sees a cut body
