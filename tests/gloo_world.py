@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+PATIENCE_S = 300.0
 
 
 def run_world(function: Callable[..., Any], world_size: int, *arguments: Any) -> list[Any]:
@@ -22,15 +25,22 @@ def run_world(function: Callable[..., Any], world_size: int, *arguments: Any) ->
             context.Process(target=_rank, args=(function, rank, world_size, folder, arguments))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(240)
+        try:
+            for process in ranks:
+                process.start()
+            deadline_s = time.monotonic() + PATIENCE_S
+            for process in ranks:
+                process.join(max(0.0, deadline_s - time.monotonic()))
+            hung = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+        finally:  # whoever ends this test must not leave them to the next, or to the interpreter
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                    process.join()
         failures = [Path(folder, f"error-{rank}") for rank in range(world_size)]
         texts = [path.read_text() for path in failures if path.exists()]
         for rank, process in enumerate(ranks):
-            if process.is_alive():
-                process.kill()
+            if rank in hung:
                 texts.append(f"rank {rank} hung")
             elif process.exitcode:
                 texts.append(f"rank {rank} ended with exit code {process.exitcode}")

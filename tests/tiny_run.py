@@ -59,5 +59,7 @@ def slow_length_of_answer(completion: str, answer: str, finished: bool) -> float
 
 
 def events(run_dir: Path, event: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
+    # the last line may be half-written yet, and a killed writer's is followed by an empty one
+    whole = (run_dir / "metrics.jsonl").read_text().rpartition("\n")[0]
+    records = map(json.loads, filter(None, whole.split("\n")))
+    return [record for record in records if record["event"] == event]

@@ -24,8 +24,8 @@ TOKENS = 100
 """Trained in a round."""
 CONFIG = OuterConfig(
     sparseloco=SparseLocoConfig(density=1 / 16),
-    grace_s=0.4,
-    deadline_s=20.0,
+    grace_s=60.0,
+    deadline_s=120.0,
     poll_s=0.005,
     anchor_every_rounds=3,
 )

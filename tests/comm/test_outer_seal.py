@@ -78,7 +78,7 @@ def member(log: str, seal: Seal) -> Replica:
 
 
 def test_members_with_keys_of_their_own_hold_the_same_bits(log, seals):
-    late = open_replica(log, config_of("b"), seal=seals["b"])
+    late = open_replica(log, config_of("b", grace_s=0.0), seal=seals["b"])
     back = open_replica(log, config_of("a"), takeover=True, seal=seals["a"])
     run_round(late, 0)
     back.catch_up()

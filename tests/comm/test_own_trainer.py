@@ -37,12 +37,13 @@ def test_times_are_told_apart(tmp_path):
         return put(name, data, overwrite)
 
     store.put = slow_put
-    # a busy machine may take the thread away between two looks at the clock, but not each time
-    for step in range(1, 6):
+    # a busy machine may take the thread away at any moment, but not each time
+    for step in range(1, 41):
         started_s = time.perf_counter()
         published = writer.publish(slow_rows(), step)
         whole_s = time.perf_counter() - started_s
-        if whole_s - sum(getattr(published, part) for part in PARTS) <= 0.02:
+        told_s = [getattr(published, part) for part in PARTS]
+        if whole_s - sum(told_s) <= 0.02 and max(told_s[:3]) < 0.5:
             break
     assert 0.06 <= published.export_s < 0.5
     assert 0.05 <= published.put_s and 0.04 <= published.wait_s  # a manifest and HEAD

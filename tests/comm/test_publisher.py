@@ -22,12 +22,15 @@ from toy_weights import CONFIG, moved, new_writer, rows_of, same_bits, toy_state
 HASTY = replace(CONFIG, part_timeout_s=0.1)
 PART_IN_A_PROCESS = """
 import sys
+from dataclasses import replace
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from toy_weights import CONFIG, WeightLog, Publisher, moved, rows_of, toy_state
 folder, part, num_parts, epoch, versions = sys.argv[2], *map(int, sys.argv[3:])
-publisher = Publisher(WeightLog.open(folder), part, num_parts, epoch, CONFIG)
+# a process may start long after the other
+config = replace(CONFIG, part_timeout_s=120)
+publisher = Publisher(WeightLog.open(folder), part, num_parts, epoch, config)
 state = toy_state()
 for step in range(versions):
     publisher.publish(rows_of(state, part, num_parts), step)
@@ -45,7 +48,7 @@ def test_two_parts_in_two_processes_make_one_log(tmp_path):
     log = WeightLog.open(tmp_path, create=True)
     epoch = log.claim_epoch()
     parts = [start_part(tmp_path, part, 2, epoch, 6) for part in range(2)]
-    assert [part.wait(timeout=60) for part in parts] == [0, 0]
+    assert [part.wait(timeout=300) for part in parts] == [0, 0]
     state = toy_state()
     for step in range(6):
         manifest = log.manifest(step)
@@ -62,7 +65,7 @@ def test_a_writer_killed_between_part_and_commit_leaves_the_old_head(tmp_path):
     epoch = log.claim_epoch(takeover=True)
     # part 0 of 2 puts its part, then waits for a part 1 that never starts
     doomed = start_part(tmp_path, 0, 2, epoch, 1)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while log.store.size(part_name(1, epoch, 0, "anchor")) is None:
         assert time.monotonic() < deadline and doomed.poll() is None
         time.sleep(0.01)

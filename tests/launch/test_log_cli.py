@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -153,33 +154,36 @@ finally:
 """
 
 
-def test_serve_offers_the_log_until_it_is_stopped(made, capsys):
-    command = [sys.executable, "-c", SERVE, str(made[0] / "log")]
+@contextmanager
+def log_serve(*words):
+    """`gossamer log serve WORDS` as a process, which does not outlive the block."""
+    command = [sys.executable, "-c", SERVE, *map(str, words)]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as server:
+        try:
+            yield server
+        finally:
+            server.kill()  # nothing happens to one that is over
+
+
+def test_serve_offers_the_log_until_it_is_stopped(made, capsys):
+    with log_serve(made[0] / "log") as server:
         said = server.stdout.readline()
         assert said.startswith("run seven at http://127.0.0.1:")
-        try:
-            assert answer(capsys, "ls", said.split()[-1], "--json").out.count('"anchor_bytes"') == 7
-        finally:
-            server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=20)
+        assert answer(capsys, "ls", said.split()[-1], "--json").out.count('"anchor_bytes"') == 7
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=120)
     assert (out, err) == ("loaded []\n", "gossamer: stopped\n")
 
 
 def test_a_folder_is_served_to_be_written_to_where_one_says_so(tmp_path):
-    command = [sys.executable, "-c", SERVE, str(tmp_path / "rounds"), "--writable"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
+    with log_serve(tmp_path / "rounds", "--writable") as server:
         said = server.stdout.readline()
         assert said.startswith(f"{tmp_path / 'rounds'} at http://127.0.0.1:")
-        try:
-            assert open_store(said.split()[-1]).put("outer.json", b"{}")
-        finally:
-            server.send_signal(signal.SIGINT)
-        out, err = server.communicate(timeout=20)
+        assert open_store(said.split()[-1]).put("outer.json", b"{}")
+        server.send_signal(signal.SIGINT)
+        out, err = server.communicate(timeout=120)
     assert (out, err) == ("loaded []\n", "gossamer: stopped\n")
     assert (tmp_path / "rounds" / "outer.json").read_bytes() == b"{}"
 
