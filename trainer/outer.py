@@ -18,7 +18,7 @@ import torch.distributed as dist
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.names import expert_places
 from gossamer.comm.outer.exchange import Exchange, Settled
-from gossamer.comm.outer.replica import SHARED_PREFIX, Replica
+from gossamer.comm.outer.replica import SHARED_PREFIX, WINDOW_PREFIX, Replica
 from gossamer.comm.outer.rule import Key
 from gossamer.comm.state_hash import format_hash
 from gossamer.parallel.dims import ParallelDims
@@ -265,9 +265,12 @@ class OuterSync:
             dist.broadcast(values, src=0)
 
     def _idle(self) -> set[str]:
-        """Tensors of experts that saw no token since the last round."""
+        """Tensors of experts that saw no token since the last round. Not their windows of dense
+        gradients: these may reach back over several rounds."""
         idle = set()
         for name, _ in self.replica.rows:
+            if name.startswith(WINDOW_PREFIX):
+                continue
             place = self._experts.get(name.rpartition(" ")[2])  # a mask's is `mask of NAME`
             if place is not None and not self._load_LE[place]:
                 idle.add(name)

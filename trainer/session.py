@@ -210,7 +210,9 @@ class Session:
             )
         if self._outer is not None:
             self._outer.updated(result)
-        self._masks_told = self._sparse.updated(result) if self._sparse is not None else {}
+        self._masks_told = {}
+        if self._sparse is not None:
+            self._masks_told = self._sparse.updated(result, self.progress.step)
         self._reconsider_placement(phase, result)
         return result
 
@@ -295,6 +297,9 @@ class Session:
 
     def end_phase(self, phase: PhaseConfig) -> None:
         """After a phase's last update: measure, move on, and write it all down."""
+        is_last = self.progress.phase_index + 1 == len(self.config.phases)
+        if is_last and self._sparse is not None and self._sparse.finish():
+            self.publish(phase)  # weights moved once more
         if phase.kind == "grpo":
             self._measure_heldout()
         self.progress.end_phase()

@@ -34,6 +34,8 @@ SHARED_PREFIX = "outer state of "
 """Of a rule's shared buffers in an anchor."""
 MASK_PREFIX, WINDOW_PREFIX = "mask of ", "window of "
 """Rows beside those of weights, averaged whole: which elements live, and what may decide it."""
+WINDOW_TOKENS = WINDOW_PREFIX + "tokens"
+"""A vector that is added up: how many tokens each expert of all replicas saw in the window."""
 
 
 class Replica:
@@ -150,6 +152,14 @@ class Replica:
         is_beside = name.endswith(KEPT_FLOAT32) or name.startswith((MASK_PREFIX, WINDOW_PREFIX))
         return self._whole if is_beside and not self.rule.on_gradients else self.rule
 
+    def _divisor(self, name: str, num_messages: int) -> int | None:
+        """See mean_of."""
+        if name == WINDOW_TOKENS:
+            return 1
+        # a gradient of zeros is not sent, and counts like any other
+        is_shared = self._config.aggregation == "replicas" or name.startswith(WINDOW_PREFIX)
+        return num_messages if is_shared else None
+
     def _send(self, trained: Rows) -> Sent | None:
         if self.rule.on_gradients:
             self.rows[key_of(trained)] = trained
@@ -165,10 +175,10 @@ class Replica:
         pieces: dict[str, list[tuple[Sent, float]]] = defaultdict(list)
         for message, clipped in zip(messages, factors, strict=True):
             for sent, factor in zip(message, clipped, strict=True):
-                pieces[sent.run.name].append((sent, factor))
-        divisor = len(messages) if self._config.aggregation == "replicas" else None
+                is_count = sent.run.name == WINDOW_TOKENS
+                pieces[sent.run.name].append((sent, 1.0 if is_count else factor))
         for rows in self.rows.values():
-            mean = mean_of(pieces[rows.name], rows, divisor)
+            mean = mean_of(pieces[rows.name], rows, self._divisor(rows.name, len(messages)))
             self._rule_of(rows.name).step(rows, mean)
         self.number = settled.round + 1
         self._take_back(settled)

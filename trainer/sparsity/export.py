@@ -31,7 +31,9 @@ class SparseCheckpoint:
         mask = self._mask(name)
         if mask is None:
             return master
-        return torch.where(mask, master, master * self._alive.get(name, 0.0))
+        # as Flow.forward has it: no -0.0 for a negative weight, no NaN for one that is not finite
+        share = self._alive.get(name)
+        return torch.where(mask, master, master * share if share else 0.0)
 
     def write_masks(self, folder: Path) -> None:
         """Writes sparsity/masks.safetensors: uint8 [rows, ceil(columns / 8)] by name, the first

@@ -46,7 +46,7 @@ class Flow:
         """What the forward pass multiplies with."""
         if self.kind == "dense":
             return weight
-        masked = weight * self.keep if self.kind == "soft" else weight.new_zeros(())
+        masked = weight * self.keep if self.keep else weight.new_zeros(())
         return weight.where(mask, masked)
 
     def gradient(self, gradient: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

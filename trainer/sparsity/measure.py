@@ -40,7 +40,7 @@ class Measure:
         self._size_N = torch.tensor([shapes[n][0] * shapes[n][1] for n in self._names])
         self._rows_N = torch.tensor([shapes[n][0] for n in self._names])
         self._kept_N = self._size_N.clone()
-        self._changed_at = 0
+        self._changed_at_N = torch.zeros_like(self._size_N)
         self._flip_rate, self._flips = 0.0, 0
         self.mask_hash = ""
         """Of the masks that changed last, of all ranks, as they were chosen."""
@@ -54,14 +54,15 @@ class Measure:
         return {
             "kept": self._kept_N.tolist(),
             "dead": self._dead_N.tolist(),
-            "changed_at": self._changed_at,
+            "changed_at": self._changed_at_N.tolist(),
             "sums": self._sums,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from `state`."""
         self._kept_N, self._dead_N = torch.tensor(state["kept"]), torch.tensor(state["dead"])
-        self._changed_at, self._sums = state["changed_at"], dict(state["sums"])
+        self._changed_at_N[:] = torch.tensor(state["changed_at"])
+        self._sums = dict(state["sums"])
 
     @property
     def density(self) -> float:
@@ -83,9 +84,9 @@ class Measure:
         self._kept_N = torch.where(is_new_N, counts_N3[:, KEPT], self._kept_N)
         self._dead_N = torch.where(is_new_N, counts_N3[:, DEAD_ROWS], self._dead_N)
         self._flips = int(counts_N3[:, FLIPPED].sum())
-        steps = max(1, step - self._changed_at)
-        self._flip_rate = self._flips / int(self._size_N[is_new_N].sum()) / steps
-        self._changed_at = step
+        steps_N = (step - self._changed_at_N).clamp(min=1)
+        self._flip_rate = self._flips / int((self._size_N * steps_N)[is_new_N].sum())
+        self._changed_at_N[is_new_N] = step
         new = [
             Band(band.name, band.shape, band.row_start, band.weight_RC, mask)
             for band, mask in zip(bands, masks, strict=True)
@@ -102,8 +103,8 @@ class Measure:
         """What is written when masks change.
 
         sad: the sum of |new - old| over all masks; flip_rate: sad over the elements of the matrices
-        that were due and over the steps since the last change; density and target by layer, and by
-        expert of each layer; state of all masks that were due as a hash.
+        that were due, each times the steps since its own last change; density and target by layer,
+        and by expert of each layer; state of all masks that were due as a hash.
         """
         target_N = torch.tensor([targets[name] for name in self._names], dtype=torch.float64)
         size_N = self._size_N.double()
@@ -131,9 +132,10 @@ class Measure:
     ) -> dict[str, float]:
         """Numbers of an update that was made with these masks.
 
-        mask_density: of the governed weights; sparse_flops: of a machine that skips masked weights.
-        Of the run so far: mean_density; mean_params, live weights of the whole model, on average;
-        mean_sparse_share, sparse over dense FLOPs.
+        mask_density: share of the governed weights that masks keep; sparse_flops: of a machine that
+        skips weights that do not live. Of the run so far: mean_density, share of the governed
+        weights that lived in the forward pass; mean_params, the same of the whole model, in
+        weights; mean_sparse_share, sparse over dense FLOPs.
         """
         load_LE = torch.tensor(result.expert_load)
         tokens_N = load_LE[self._layer_N, self._expert_N].where(self._layer_N >= 0, result.tokens)
@@ -142,7 +144,9 @@ class Measure:
         saved = float((per_weight_N * tokens_N * masked_N).sum())
         sums = self._sums
         sums["steps"] += 1
-        sums["density"] += self.density
+        masked_lives_N = torch.tensor([lives_on(flows[name]) for name in self._names])
+        live_N = torch.where(masked_lives_N, self._size_N, self._kept_N)
+        sums["density"] += int(live_N.sum()) / int(self._size_N.sum())
         sums["flops"] += result.flops
         sums["sparse_flops"] += result.flops - saved
         return {
@@ -170,9 +174,14 @@ class Measure:
         return [[p / n for (at, _), (p, n) in sorted(sums.items()) if at == of] for of in layers]
 
 
+def lives_on(flow: Flow) -> bool:
+    """Whether the forward pass takes anything of a masked weight."""
+    return flow.kind == "dense" or flow.keep > 0.0
+
+
 def saved_flops(flow: Flow, is_scored: bool) -> float:
     """FLOPs that a masked weight and token save, of 6."""
-    if flow.kind == "dense" or flow.keep:
+    if lives_on(flow):
         return 0.0
     return 4.0 if flow.keeps_dense or is_scored else 6.0
 

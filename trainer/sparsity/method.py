@@ -18,6 +18,8 @@ from torch import Tensor
 Shapes = Mapping[str, tuple[int, ...]]
 """Logical name -> full shape."""
 
+Names = frozenset[str]
+
 Reduce = Callable[[Tensor], object]
 """Sums an int64 tensor over the ranks of the replica, in place."""
 
@@ -27,7 +29,7 @@ class Point:
     """Where a run stands."""
 
     step: int
-    """Optimizer updates done."""
+    """Updates done, as the run counts them: skipped ones among them."""
     tokens: int = 0
     """Tokens learned from."""
 
@@ -66,11 +68,11 @@ class Band:
 class StepPlan:
     """What is due once a step is done; without anything, nothing is."""
 
-    updates: frozenset[str] = frozenset()
+    updates: Names = frozenset()
     """Matrices whose masks are to be updated now."""
-    scores: frozenset[str] = frozenset()
+    scores: Names = frozenset()
     """Matrices whose dense gradient of the next step belongs to the window."""
-    reset_moments: frozenset[str] = frozenset()
+    reset_moments: Names = frozenset()
     """Matrices all of whose moments become 0 now, after the update."""
     lr_factor: float = 1.0
     """Of the next step's learning rate."""
@@ -94,11 +96,15 @@ class SparsityMethod(Protocol):
         """Density that each governed matrix, or the pool it shares, is to have at `point`."""
         ...
 
-    def update(self, bands: Sequence[Band], point: Point, reduce: Reduce) -> list[Tensor]:
+    def update(
+        self, bands: Sequence[Band], point: Point, reduce: Reduce, names: Names | None = None
+    ) -> list[Tensor]:
         """New masks, bool, one a band. A collective call.
 
-        bands: all rows this rank owns of the matrices that are due. Before the first step
-        (point.step = 0) all masks are True.
+        bands: all rows this rank owns of the matrices `names`, which are those that are due, or
+        some of them (None: all): with replicas those whose masked weights live on are asked for
+        apart from the others. Where a run ends early, they are those whose end is still to come,
+        and `point` is the end. Before the first step (point.step = 0) all masks are True.
         """
         ...
 

@@ -10,7 +10,15 @@ from fnmatch import fnmatchcase
 
 from gossamer.trainer.sparsity.config import RuleConfig, SparsityConfig
 from gossamer.trainer.sparsity.flow import Flow
-from gossamer.trainer.sparsity.method import Band, Horizon, Point, Reduce, Shapes, StepPlan
+from gossamer.trainer.sparsity.method import (
+    Band,
+    Horizon,
+    Names,
+    Point,
+    Reduce,
+    Shapes,
+    StepPlan,
+)
 from gossamer.trainer.sparsity.rule import Rule
 from torch import Tensor
 
@@ -58,10 +66,13 @@ class SparsityPlan:
     def target(self, point: Point) -> dict[str, float]:
         return {n: d for rule in self._rules for n, d in rule.target(point).items()}
 
-    def update(self, bands: Sequence[Band], point: Point, reduce: Reduce) -> list[Tensor]:
+    def update(
+        self, bands: Sequence[Band], point: Point, reduce: Reduce, names: Names | None = None
+    ) -> list[Tensor]:
         masks: list[Tensor] = [band.mask_RC for band in bands]
+        asked = self.step(point).updates if names is None else names
         for rule in self._rules:
-            if rule.is_due(point):
+            if not asked.isdisjoint(rule.shapes):
                 mine = [i for i, band in enumerate(bands) if self._rule_of[band.name] is rule]
                 new = rule.update([bands[i] for i in mine], point, reduce)
                 for i, mask in zip(mine, new, strict=True):

@@ -2,10 +2,10 @@
 
 The one idea: a mask is part of the shared weights. Its bits are rows beside them, so they are in
 the hash that every round's record commits to and in every anchor; and each replica works out the
-next ones from the settled round alone (shared weights, mean of the dense gradients that the
-messages brought), also for rounds that it was not there for. What is not on the mask is cleared
-after every round, in weights, momentum and error buffers; and what is sent is chosen among elements
-on the mask, and coded among them (kept.py).
+next ones from the settled round alone (shared weights, and of the messages that counted the mean of
+the dense gradients and the sum of the tokens), also for rounds that it was not there for. What is
+not on the mask is cleared after every round, in weights, momentum and error buffers; and what is
+sent is chosen among elements on the mask, and coded among them (kept.py).
 
 Masks under which weights live on (STE) are no affair of the rounds: dense weights are shared, and
 each replica takes its masks from those. DECISIONS 15.
@@ -15,21 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from math import ceil
 
 import torch
 import torch.distributed as dist
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.outer.exchange import Exchange
-from gossamer.comm.outer.replica import MASK_PREFIX, WINDOW_PREFIX, Replica
+from gossamer.comm.outer.replica import MASK_PREFIX, WINDOW_PREFIX, WINDOW_TOKENS, Replica
 from gossamer.parallel.masks import MASK, WINDOW
 from gossamer.trainer.sparsity.bits import pack_rows, row_bytes, unpack_rows
 from gossamer.trainer.sparsity.kept import COLUMN, Columns, KeptExchange, KeptRule
 from gossamer.trainer.sparsity.method import Band, Point
 from gossamer.trainer.sparsity.run import SparseRun
 from torch import Tensor
-
-TOKENS = WINDOW_PREFIX + "tokens"
 
 
 class SharedMasks:
@@ -65,7 +62,8 @@ class SharedMasks:
                 yield Rows(WINDOW_PREFIX + rows.name, rows.shape, rows.row_start, values)
         if dist.get_rank() == 0 and self._scored_experts:
             seen = [self._sparse.window_tokens(n) if n in due else 0 for n in self._scored_experts]
-            yield Rows(TOKENS, (len(seen),), 0, torch.tensor(seen, dtype=torch.float32))
+            counts = torch.tensor(seen, dtype=torch.float32)
+            yield Rows(WINDOW_TOKENS, (len(seen),), 0, counts)
 
     def through(self, exchange: Exchange, shapes: dict[str, tuple[int, ...]]) -> Exchange:
         """`exchange`, on which masked weights travel without what is masked; `shapes` are those it
@@ -102,7 +100,8 @@ class SharedMasks:
         due = self._due(number)
         if due:
             bands = self._bands(due)
-            masks = self._sparse.method.update(bands, self._point(number), dist.all_reduce)
+            point = self._point(number)
+            masks = self._sparse.method.update(bands, point, dist.all_reduce, due)
             for band, mask in zip(bands, masks, strict=True):
                 key = MASK_PREFIX + band.name, band.row_start
                 self._replica.rows[key].values.copy_(pack_rows(mask))
@@ -128,8 +127,8 @@ class SharedMasks:
 
     def _bands(self, names: frozenset[str]) -> list[Band]:
         tokens = torch.zeros(len(self._scored_experts))
-        if (TOKENS, 0) in self._replica.rows:
-            tokens.copy_(self._replica.rows[TOKENS, 0].values)
+        if (WINDOW_TOKENS, 0) in self._replica.rows:
+            tokens.copy_(self._replica.rows[WINDOW_TOKENS, 0].values)
         dist.broadcast(tokens, src=0)
         seen = dict(zip(self._scored_experts, tokens.tolist(), strict=True))
         bands = []
@@ -144,7 +143,7 @@ class SharedMasks:
                         weight_RC=rows.values,
                         mask_RC=self._mask(name, row_start),
                         gradient_RC=None if window is None else window.values,
-                        tokens=ceil(seen[name]) if name in seen else None,
+                        tokens=round(seen[name]) if name in seen else None,
                     )
                 )
         return bands

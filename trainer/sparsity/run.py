@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -21,8 +21,16 @@ from gossamer.trainer.config import TrainConfig
 from gossamer.trainer.import_path import resolve
 from gossamer.trainer.model import MoEModel
 from gossamer.trainer.sparsity.config import SPARSITY_METHODS
+from gossamer.trainer.sparsity.flow import Flow
 from gossamer.trainer.sparsity.measure import Measure
-from gossamer.trainer.sparsity.method import Band, Horizon, Point, SparsityMethod, StepPlan
+from gossamer.trainer.sparsity.method import (
+    Band,
+    Horizon,
+    Names,
+    Point,
+    SparsityMethod,
+    StepPlan,
+)
 from gossamer.trainer.update import UpdateResult
 from torch import Tensor
 
@@ -37,6 +45,7 @@ class SparseRun:
         assert config.sparsity is not None
         self.engine, self._event = engine, event
         shapes = _all_shapes(model)
+        self._last_step = config.max_steps
         steps = config.sparsity.total_steps or config.max_steps
         self.method: SparsityMethod = resolve(
             config.sparsity.method, SPARSITY_METHODS, "sparsity.method"
@@ -50,9 +59,16 @@ class SparseRun:
         self.version = 0
         """The step after which masks last changed; where there are rounds, those they decide."""
         self._step = self._tokens = 0
+        self._is_over = False
+        """No step follows, and the plan is at its end whatever the step: see finish."""
         self._window: dict[str, int] = {}
-        """Tokens that each expert's matrix saw since its window began."""
+        """Tokens that each expert's matrix saw since its window began; 0 for any matrix whose
+        window has seen skipped steps alone."""
         self._plan, self._is_changed = StepPlan(), False
+        self._flows: dict[str, Flow] = {}
+        self._later: dict[str, Flow] = {}
+        self._ending: Names = frozenset()
+        """Matrices whose flow makes masked weights 0 as soon as masks that are due are chosen."""
         self._measure = Measure(self.shapes, self.experts, model.num_parameters()[0])
 
     # --- as the checkpoint has it ---------------------------------------------------------------
@@ -61,6 +77,7 @@ class SparseRun:
         """JSON."""
         return {
             "step": self._step,
+            "is_over": self._is_over,
             "tokens": self._tokens,
             "version": self.version,
             "window": self._window,
@@ -81,6 +98,7 @@ class SparseRun:
                 " whose masks it holds"
             )
         self._step, self._tokens, self.version = state["step"], state["tokens"], state["version"]
+        self._is_over = state.get("is_over", False)
         self._window = dict(state["window"])
         self._measure.load(state["measure"])
         self._ask()
@@ -100,17 +118,15 @@ class SparseRun:
         self._ask()
         self.change()
 
-    def updated(self, result: UpdateResult) -> dict[str, float]:
-        """After an update; what is to be told of its FLOPs and densities."""
-        if result.skipped:
-            return {}
-        scored = self._plan.scores
-        for name in scored & self.experts.keys():
-            layer, expert = self.experts[name]
-            self._window[name] = self._window.get(name, 0) + result.expert_load[layer][expert]
-        told = self._measure.after_update(result, self._flows, scored)
-        self._tokens += result.tokens
-        self._step += 1
+    def updated(self, result: UpdateResult, step: int) -> dict[str, float]:
+        """After an update, with which the run is at `step`; what is to be told of its FLOPs and
+        densities. One that was skipped is a step of the plan like others."""
+        told = {}
+        self._count_window(result)
+        if not result.skipped:
+            told = self._measure.after_update(result, self._flows, self._plan.scores)
+            self._tokens += result.tokens
+        self._step, self._is_over = step, False
         self._ask()
         self._is_changed = False
         return told
@@ -119,6 +135,22 @@ class SparseRun:
         """Changes the masks that are due, once after each update. A collective call."""
         if not self._is_changed:
             self._renew(self.due - self.shared if self._step else self.due)
+
+    def finish(self) -> bool:
+        """No step follows: ends that the plan still has before it, as phases ended early, take
+        place by the weights of now. Whether there were any. A collective call."""
+        self._is_over = True
+        last = self._point()
+        ending = frozenset(
+            name
+            for name, flow in self._flows.items()
+            if flow.keeps_dense and not self.method.flow(name, last).keeps_dense
+        )
+        if ending:
+            self._ask(ending)
+            self._renew(ending)
+        self._is_over = bool(ending)
+        return self._is_over
 
     def follow(self) -> None:
         """Masks that are due and no affair of the rounds, from weights that these have brought. A
@@ -155,7 +187,7 @@ class SparseRun:
         self._is_changed = True
         if names:
             bands = self._bands(names)
-            masks = self.method.update(bands, self._point(), dist.all_reduce)
+            masks = self.method.update(bands, self._point(), dist.all_reduce, names)
             self._put(names, bands, masks, self.version if self.shared else self._step)
 
     def _bands(self, names: frozenset[str]) -> list[Band]:
@@ -170,6 +202,9 @@ class SparseRun:
         self._measure.masks_changed(self._step, names, bands, masks)
         by_place = {(b.name, b.row_start): m for b, m in zip(bands, masks, strict=True)}
         self.engine.masks.set_masks(names, by_place, self._plan.reset_moments)
+        if self._ending and self._ending <= names:
+            self._ending = frozenset()
+            self._set_flows()
         self._close_window(names)
         chosen, held = self._measure.mask_hash, self._measure.hash_of(self._bands(names))
         if chosen != held or not self.engine.masks.copies_agree():
@@ -183,17 +218,38 @@ class SparseRun:
         self._event("masks", step=self._step, mask_version=self.version, **told)
 
     def _point(self, ahead: int = 0) -> Point:
-        return Point(self._step + ahead, self._tokens)
+        step = max(self._step, self._last_step) if self._is_over else self._step
+        return Point(step + ahead, self._tokens)
 
-    def _ask(self) -> None:
-        """What is due now, and how the next step goes."""
-        self._plan = self.method.step(self._point())
-        now, later = (
+    def _ask(self, ending: Names = frozenset()) -> None:
+        """What is due now, and how the next step goes. Masks of `ending` are chosen at once."""
+        self._plan, before = self.method.step(self._point()), self._flows
+        self._flows, self._later = (
             {name: self.method.flow(name, self._point(ahead)) for name in self.names}
             for ahead in (0, 1)
         )
-        self._flows = now
-        self.engine.masks.set_flows(now, later, self._plan.scores)
+        self._ending = frozenset(
+            name
+            for name in (self.due | ending) & before.keys()
+            if before[name].keeps_dense and not self._flows[name].keeps_dense
+        )
+        self._set_flows({name: before[name] for name in self._ending})
+
+    def _set_flows(self, instead: Mapping[str, Flow] | None = None) -> None:
+        """Those of the next step; `instead`, of matrices that live on until masks are chosen."""
+        now = {**self._flows, **(instead or {})}
+        self.engine.masks.set_flows(now, self._later, self._plan.scores)
+
+    def _count_window(self, result: UpdateResult) -> None:
+        for name in self._plan.scores:
+            if result.skipped:
+                self._window.setdefault(name, 0)
+            elif name in self.experts:
+                layer, expert = self.experts[name]
+                seen = result.expert_load[layer][expert]
+                self._window[name] = self._window.get(name, 0) + seen
+            else:
+                self._window.pop(name, None)
 
     def _band(self, rows: Owned) -> Band:
         return Band(
