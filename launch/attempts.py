@@ -17,7 +17,7 @@ import ray
 from gossamer.launch.config import RunConfig
 from gossamer.launch.controller import REFRESH_S, newest_checkpoint
 from gossamer.launch.display import EventTail
-from gossamer.launch.engine_room import free_rooms
+from gossamer.launch.engine_room import UnbuiltError, end_of_actor, free_rooms
 from gossamer.launch.lifecycle import Event, Failure, State, after, decide
 from gossamer.launch.replica import Replica, failure_of
 from gossamer.launch.rollout_pool import RolloutPool
@@ -42,6 +42,8 @@ class Attempts:
         self._events, self._tail = EventLog(run_dir), EventTail(run_dir)
         self._state, self._failures = State.WAITING, list[Failure]()
         self._saved_step = 0
+        self._others: set[str] = set()
+        """Placement groups that were there before the attempt: of other jobs, say."""
         self._pool: Any = None
         self._pool_end: Any = None
         """Ready once the pool has given up or is dead."""
@@ -81,6 +83,7 @@ class Attempts:
             url=url_of(self._run_dir),
         )
         replica: Any = ray.remote(Replica).options(**self._options).remote()
+        self._others = set(ray.util.placement_group_table())
         try:
             fit = replica.fit.remote(config.train, config.cluster, place, pool)
             watched = [fit, *([self._pool_end] if pool is not None else [])]
@@ -108,7 +111,7 @@ class Attempts:
             self._pool = pool.remote(where, config.rollout, config.recovery, model)
             self._pool_end = self._pool.watch.remote()
         try:
-            ray.get(self._pool.begin_attempt.remote())
+            ray.get(self._pool.begin_attempt.remote(self._number))
         except ray.exceptions.RayActorError:
             pass  # its end is watched
         return self._pool
@@ -117,15 +120,19 @@ class Attempts:
         """Why the pool cannot go on, if so; one whose process died is made anew next time."""
         if self._pool is None or not ray.wait([self._pool_end], timeout=0)[0]:
             return None
+        failure = Failure("the process of the rollout pool was killed or crashed")
         try:
             ray.get(self._pool_end)
         except ray.exceptions.RayTaskError as error:
             return Failure(str(error.cause), is_final=True)
-        except ray.exceptions.RayError:
-            pass
+        except ray.exceptions.RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                end = end_of_actor(error)
+                why = f"the rollout pool could not be made: {end}"
+                failure = Failure(why, is_final=isinstance(end, UnbuiltError))
         free_rooms()
         self._pool = None
-        return Failure("the process of the rollout pool was killed or crashed")
+        return failure
 
     def _look(self, to_end: bool = False) -> None:
         for event in self._tail.read(to_end):
@@ -150,8 +157,9 @@ class Attempts:
         if self._state is State.RUNNING:
             return True
         world_size = self._config.train.parallel.world_size
-        groups = ray.util.placement_group_table().values()
-        mine = [g["state"] for g in groups if not g["name"] and len(g["bundles"]) == world_size]
+        groups = ray.util.placement_group_table()
+        new = [g for key, g in groups.items() if key not in self._others and not g["name"]]
+        mine = [g["state"] for g in new if len(g["bundles"]) == world_size]
         there = [state for state in mine if state != "REMOVED"]
         return all(state == "CREATED" for state in there) if there else None
 

@@ -209,11 +209,9 @@ def _resume(arguments: argparse.Namespace) -> None:
 
         return resume_replicas(config, run_dir)
     from gossamer.launch.controller import resume_run
-    from gossamer.launch.pool_wishes import forget_wishes
 
-    if any(override.startswith(POOLS) for override in arguments.overrides):
-        forget_wishes(run_dir)  # what is said now counts
-    resume_run(config, run_dir)
+    has_new_pools = any(override.startswith(POOLS) for override in arguments.overrides)
+    resume_run(config, run_dir, has_new_pools)
 
 
 def _validate(arguments: argparse.Namespace) -> None:

@@ -93,6 +93,11 @@ class RolloutConfig:
     """What a new version does to the unit an engine is sampling. keep: it is taken between two
     tokens; wait: after the unit; recompute: the tokens so far are kept and the rest is sampled
     with keys and values computed anew; abort: the whole unit is sampled again."""
+    unit_timeout_s: float = 3600.0
+    """An engine that has a unit, or hashes its weights, for longer counts as dead."""
+    start_timeout_s: float = 7200.0
+    """So does one that, in its place, is not built or has not caught up with the log by then: more
+    than an anchor takes to arrive, and a large model to be built."""
     public_key_path: str | None = None
     """Engines follow only what the owner of this key signed (train.log.signing_key_path)."""
     max_cuts: int = 3
@@ -108,6 +113,10 @@ class RolloutConfig:
             value = getattr(self, name)
             if value < 0:
                 raise ValueError(f"rollout.{name} is {value}; expected 0 or more")
+        for name in ("unit_timeout_s", "start_timeout_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"rollout.{name} is {value}; expected more than 0 seconds")
         if self.max_behind is not None and self.max_behind < 1:
             raise ValueError(
                 f"rollout.max_behind is {self.max_behind}; expected 1 or more, or null"

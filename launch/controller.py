@@ -14,12 +14,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from gossamer.launch.config import RunConfig
 from gossamer.launch.display import LiveDisplay
-from gossamer.launch.recipe import dump_config, with_absolute_paths
+from gossamer.launch.pool_wishes import forget_wishes
+from gossamer.launch.recipe import dump_config, load_recipe, with_absolute_paths
 from gossamer.launch.replicas_members import prepare_member
 from gossamer.launch.report import write_report
 from gossamer.launch.summary import of_kind, read_events, write_summary
@@ -31,6 +33,7 @@ from gossamer.trainer.run_folder import (
     delete_run,
     has_begun,
     inside,
+    put_beside,
     url_of,
     where_of,
 )
@@ -60,18 +63,31 @@ def start_run(config: RunConfig, run_dir: Path, overwrite: bool, takes_over: boo
         _attempt(config, run_dir, number=1 + takes_over, resume_from=None)
 
 
-def resume_run(config: RunConfig, run_dir: Path) -> None:
-    """Goes on from the newest whole checkpoint, or from the start when there is none."""
+def resume_run(config: RunConfig, run_dir: Path, has_new_pools: bool = False) -> None:
+    """Goes on from the newest whole checkpoint, or from the start when there is none.
+
+    `has_new_pools`: from now on the run has the engines of `config`, whatever was wished for.
+    """
     with sole_driver(run_dir):
         drop_torn_lines(run_dir)
         events = read_events(run_dir) if has_events(run_dir) else []
         if of_kind(events, "run_end", reason="finished"):
             where = where_of(run_dir)
             raise RunError(f"{where} has finished; see `gossamer report {where}`")
+        if has_new_pools:
+            _keep_pools(config, run_dir)
         # 1 even where the first attempt died before it could say so: it may have claimed the log
         last = max((e["attempt"] for e in of_kind(events, "run_start")), default=1)
         resume_from = newest_checkpoint(run_dir, config.train.checkpoint.url)
         _attempt(config, run_dir, number=last + 1, resume_from=resume_from)
+
+
+def _keep_pools(config: RunConfig, run_dir: Path) -> None:
+    """Writes down what the run was told of its engines, for `gossamer engines` and a resume."""
+    forget_wishes(run_dir)
+    kept = replace(load_recipe(str(run_dir / CONFIG_FILE), []), rollout=config.rollout)
+    dump_config(kept, run_dir / CONFIG_FILE)
+    put_beside(run_dir, CONFIG_FILE)
 
 
 def newest_checkpoint(run_dir: Path, url: str | None = None) -> str | None:
@@ -178,8 +194,8 @@ def _attempt(config: RunConfig, run_dir: Path, number: int, resume_from: str | N
 
 
 def _write_end(events: EventLog, reason: str) -> None:
-    events.write("run_end", {"reason": reason})
-    with suppress(OSError):  # or a store that is away would hide the reason
+    with suppress(OSError):  # or a full disk, or a store that is away, would hide the reason
+        events.write("run_end", {"reason": reason})
         events.flush()
 
 

@@ -38,7 +38,7 @@ class LostError(RuntimeError):
 
 
 class UnbuiltError(LostError):
-    """An engine whose constructor raised."""
+    """An engine whose constructor raised what has nothing to do with disks and stores."""
 
 
 class ActorRoom:
@@ -46,6 +46,7 @@ class ActorRoom:
 
     def __init__(self, pool: PoolConfig, run_dir: str, rollout: RolloutConfig, model: dict) -> None:
         assert pool.engine is not None  # all_pools fills it
+        self._unit_timeout_s = rollout.unit_timeout_s
         arguments = run_dir, replace(rollout, engine=pool.engine, pools=()), model
         self._resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
         self._arguments = arguments
@@ -68,7 +69,7 @@ class ActorRoom:
         # beside units: audits, looks, and catching up
         options = {**self._resources, "max_concurrency": 4, "scheduling_strategy": where}
         actor = ray.remote(EngineActor).options(**options).remote(name, *self._arguments)
-        return ActorEngine(name, actor, is_anew)
+        return ActorEngine(name, actor, is_anew, self._unit_timeout_s)
 
     def close(self) -> None:
         """Gives the place back."""
@@ -83,8 +84,8 @@ class ActorEngine:
     """Nothing that would have to be told."""
     poll_s = TICK_S
 
-    def __init__(self, name: str, actor: Any, is_anew: bool) -> None:  # noqa: ANN401
-        self.name = name
+    def __init__(self, name: str, actor: Any, is_anew: bool, unit_timeout_s: float) -> None:  # noqa: ANN401
+        self.name, self._unit_timeout_s = name, unit_timeout_s
         self.version: int | None = None
         self.behind = 0
         """Versions, at the last look."""
@@ -126,13 +127,23 @@ class ActorEngine:
     ) -> list[Sample]:
         """Samples of a unit; calls `on_tick` every second until they are there."""
         running = self._actor.run.remote(requests, oldest_version)
+        deadline_s = time.monotonic() + self._unit_timeout_s
         while not ray.wait([running], timeout=TICK_S)[0]:
             on_tick()
+            if time.monotonic() > deadline_s:
+                raise self._is_late("sampled a unit")
         return _get(running)
 
     def audit(self, version: int) -> str | None:
         """State hash of the live weights at `version`."""
-        return _get(self._actor.audit.remote(version))
+        hashed = self._actor.audit.remote(version)
+        if not ray.wait([hashed], timeout=self._unit_timeout_s)[0]:
+            raise self._is_late("hashed its weights")
+        return _get(hashed)
+
+    def _is_late(self, what: str) -> LostError:
+        most = f"rollout.unit_timeout_s={self._unit_timeout_s:g}"
+        return LostError(f"{self.name} has not {what} in {most}")
 
     def stop(self) -> None:
         """Whatever it does; an actor out of reach would keep its CPUs."""
@@ -162,7 +173,17 @@ def _get(reference: Any) -> Any:  # noqa: ANN401
             raise LostError(str(error.cause)) from None
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        reason = str(error).strip().splitlines()[-1]
-        if getattr(error, "actor_init_failed", False):
-            raise UnbuiltError(reason) from None
-        raise LostError(reason) from None
+        raise end_of_actor(error) from None
+
+
+def end_of_actor(error: Exception) -> LostError:
+    """What became of an actor, by what Ray says. It tells what a constructor raised in words alone:
+    the traceback, whose last line begins with the class."""
+    reason = str(error).strip().splitlines()[-1]
+    raised = reason.partition(":")[0].rpartition(".")[2]
+    is_unbuilt = getattr(error, "actor_init_failed", False) and raised not in _names(OSError)
+    return (UnbuiltError if is_unbuilt else LostError)(reason)
+
+
+def _names(kind: type) -> set[str]:
+    return {kind.__name__}.union(*map(_names, kind.__subclasses__()))

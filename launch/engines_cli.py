@@ -50,6 +50,8 @@ def places_seen(events: Iterable[Event]) -> list[Seen]:
             for seen in places.values():
                 if seen.engine == event["engine"]:
                     seen.version = event["version"]
+                    if seen.state == "running":
+                        seen.note = ""  # it has what it waited for
     return [places[number] for number in sorted(places)]
 
 

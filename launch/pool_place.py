@@ -25,6 +25,9 @@ from gossamer.launch.rollout_queue import RolloutQueue, Unit
 from gossamer.launch.server_room import ServerEngine, ServerRoom, server_name
 from gossamer.trainer.metrics import EventLog
 
+LAG_S = 10.0
+"""A server to which no unit may be given for so long says so."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PoolRun:
@@ -53,15 +56,19 @@ class PoolPlace:
         url: str | None,
         room: ActorRoom | ServerRoom,
         run: PoolRun,
+        is_wished: bool,
     ) -> None:
-        """url: of a server. Begins at once."""
-        self.number, self.pool, self.url = number, pool, url
+        """url: of a server. is_wished: it is not the recipe's, so it may be lost but ends no run.
+        Begins at once."""
+        self.number, self.pool, self.url, self._is_wished = number, pool, url, is_wished
         self.state = State.WAITING
         self.name = ""
         """Of its engine, or of the next one."""
         self.engine: ActorEngine | ServerEngine | None = None
         self.waits_for = ""
-        """What was told that it waits for."""
+        """What was told that it waits for, as long as it does."""
+        self.fault: LostError | UnfitError | None = None
+        """What others found about its engine, which ends with it."""
         self._room, self._run, self._queue = room, run, run.queue
         self._changed = run.queue.changed
         self._is_anew, self._begins = False, "start"
@@ -105,9 +112,13 @@ class PoolPlace:
                 self._serve()
         except (UnfitError, LostError) as error:
             fault = error
+        except Exception as error:
+            if self.state is State.WAITING:
+                raise  # no engine's
+            fault = LostError(f"{type(error).__name__}: {error}")
         finally:
             with self._changed:
-                engine, self.engine = self.engine, None
+                engine, self.engine, self.fault = self.engine, None, None
                 self._changed.notify_all()
             if engine is not None:
                 engine.stop()
@@ -125,6 +136,7 @@ class PoolPlace:
             if self.state not in (State.WAITING, State.STARTING) or self._queue.failure:
                 return False
             self._tell_wait(self._room.waits_for)
+        self._tell_wait("")
         if self.state is State.WAITING:
             self.enter(Event.START)
         return self.state is State.STARTING
@@ -133,13 +145,20 @@ class PoolPlace:
         """Starts an engine and waits until it has caught up; False where it is to leave."""
         engine = self.engine = self._room.start(self.name, self._is_anew)
         self._tell(self._begins)
+        begun_s, most_s = time.monotonic(), self._run.rollout.start_timeout_s
         while not engine.is_ready():
             if self.state is not State.STARTING or self._queue.failure:
                 return False
             # its node may have died, which Ray finds out later than that the engine did
             has_room = self._room.is_ready()
-            self._tell_wait(engine.waits_for if has_room else self._room.waits_for)
-        self.waits_for, self._is_anew = "", False
+            waits_for = engine.waits_for if has_room else self._room.waits_for
+            self._tell_wait(waits_for)
+            if waits_for:
+                begun_s = time.monotonic()
+            elif time.monotonic() - begun_s > most_s:
+                raise LostError(f"{self.name} was not up in rollout.start_timeout_s={most_s:g}")
+        self._tell_wait("")
+        self._is_anew = False
         self._run.proven.add(self.pool.name)
         self.enter(Event.READY)
         self._tell("ready", version=engine.version)
@@ -149,6 +168,7 @@ class PoolPlace:
         """Gives units to the engine while it is fit and wanted."""
         engine, looked_s, held_s = self.engine, 0.0, None
         assert engine is not None  # _is_up made one
+        gave_s = time.monotonic()
         while self.state is State.RUNNING and not self._queue.failure:
             patience_s = engine.poll_s if len(self._queue) else TICK_S
             if time.monotonic() - looked_s >= patience_s:
@@ -158,14 +178,22 @@ class PoolPlace:
             with self._changed:
                 unit = self._queue.next(lambda unit: engine.can_run(unit.oldest_version))
                 if unit is None:
-                    if self._queue.is_held():
+                    if is_held := self._queue.is_held():
                         held_s = held_s or time.perf_counter()
+                    least = self._queue.least_version()
+                    if is_held or least is None or engine.can_run(least):
+                        gave_s = time.monotonic()
+                    elif time.monotonic() - gave_s > LAG_S:
+                        versions = f"from version {engine.version} to {least}"
+                        self._tell_wait(f"{self.url} to get {versions}")
                     self._changed.wait(patience_s)
                     continue
             if held_s is not None:
                 self._tell("held", held_s=time.perf_counter() - held_s)
                 held_s = None
+            self._tell_wait("")
             self._run_unit(engine, unit)
+            gave_s = time.monotonic()
 
     def _run_unit(self, engine: ActorEngine | ServerEngine, unit: Unit) -> None:
         oldest = unit.oldest_version
@@ -179,7 +207,7 @@ class PoolPlace:
         except Exception as error:
             is_lost = isinstance(error, LostError)
             if not is_lost and not self._run.rollout.prompt_retries:
-                raise
+                return self._queue.fail(f"{self.name} failed: {error}")
             if (request := self._queue.try_again(unit)) is not None:
                 reason = "the engine died" if is_lost else str(error)
                 self._tell("prompt_lost", request=request, reason=reason)
@@ -194,6 +222,8 @@ class PoolPlace:
         for a version. Raises LostError, UnfitError."""
         engine, most = self.engine, self._run.rollout.max_behind
         assert engine is not None  # it serves
+        if self.fault is not None:
+            raise self.fault
         engine.look(-1 if most is None else self._head())
         if most is None or engine.behind <= most:
             return
@@ -225,10 +255,12 @@ class PoolPlace:
     def _renew(self) -> None:
         """A new engine in place of one that was unfit, unless that happens all the time."""
         self._begins = "reseeded"
-        if decide(self._failures, self._run.recovery).restart_after_s is None:
+        pause_s = decide(self._failures, self._run.recovery).restart_after_s
+        if pause_s is None:
             self.enter(Event.DIED)
             return self._give_up()
-        return self.enter(Event.IDLE)
+        self._pause(State.DRAINING, pause_s)
+        self.enter(Event.IDLE)
 
     def _bury(self, error: LostError | UnfitError) -> None:
         """An engine died: another one in its place, after a while, or none any more."""
@@ -244,16 +276,18 @@ class PoolPlace:
         pause_s = decide(self._failures, self._run.recovery).restart_after_s
         if pause_s is None:
             return self._give_up()
+        self._pause(State.WAITING, pause_s)
+
+    def _pause(self, state: State, pause_s: float) -> None:
+        """As long as it is in that state."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self.state is not State.WAITING or self._queue.failure, pause_s
-            )
+            self._changed.wait_for(lambda: self.state is not state or self._queue.failure, pause_s)
 
     def _give_up(self) -> None:
         why = decide(self._failures, self._run.recovery).why
         self.enter(Event.GIVEN_UP)
         self._tell("lost", reason=why)
-        if self._failures[-1].is_final:
+        if self._failures[-1].is_final and not self._is_wished:
             self._queue.fail(why)
         self._run.on_lost(why)
 
@@ -268,9 +302,9 @@ class PoolPlace:
         return f"{self.pool.name}-{number}"
 
     def _tell_wait(self, waits_for: str) -> None:
-        """Once for each thing that is waited for."""
-        if waits_for and waits_for != self.waits_for:
-            self.waits_for = waits_for
+        """Once for each thing that is waited for; "" for none."""
+        is_new, self.waits_for = waits_for != self.waits_for, waits_for
+        if is_new and waits_for:
             self._tell("waits", waits_for=waits_for)
 
     def _tell(self, what: str, **fields: Any) -> None:  # noqa: ANN401

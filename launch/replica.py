@@ -25,19 +25,20 @@ driver goes on with is not to be taken back."""
 
 
 class _PoolClient:
-    """RolloutSource over the pool actor's handle."""
+    """RolloutSource over the pool actor's handle, of one attempt: once another has begun, what was
+    still on its way is refused."""
 
-    def __init__(self, pool: Any) -> None:  # noqa: ANN401
-        self._pool = pool
+    def __init__(self, pool: Any, attempt: int) -> None:  # noqa: ANN401
+        self._pool, self._attempt = pool, attempt
 
     def submit(self, batch: str, units: list, oldest_version: int) -> None:
-        ray.get(self._pool.submit.remote(batch, units, oldest_version))
+        ray.get(self._pool.submit.remote(batch, units, oldest_version, self._attempt))
 
     def collect(self, batch: str) -> list:
-        return ray.get(self._pool.collect.remote(batch))
+        return ray.get(self._pool.collect.remote(batch, self._attempt))
 
     def audit(self, version: int) -> dict[str, str]:
-        return ray.get(self._pool.audit.remote(version))
+        return ray.get(self._pool.audit.remote(version, self._attempt))
 
 
 def run_rank(settings: dict[str, Any]) -> None:
@@ -61,7 +62,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     session = Session(
         settings["config"],
         place,
-        _PoolClient(pool) if pool is not None else None,
+        _PoolClient(pool, place.attempt) if pool is not None else None,
         on_checkpoint=lambda step: ray.train.report({"step": step}),
     )
     train(session)

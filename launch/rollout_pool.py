@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from gossamer.comm.log import WeightLog
 from gossamer.comm.rollout import Request, Sample
@@ -31,6 +34,8 @@ class RolloutPool:
     def __init__(
         self, run_dir: str, rollout: RolloutConfig, recovery: RecoveryConfig, model: dict
     ) -> None:
+        if (key := rollout.public_key_path) is not None and not Path(key).is_file():
+            raise ValueError(f"rollout.public_key_path: {key} is missing on the driver's host")
         self._run_dir, self._where, self._model = open_run(run_dir), run_dir, model
         self._queue = RolloutQueue(rollout.max_waiting_samples, rollout.prompt_retries)
         self._changed = self._queue.changed
@@ -39,9 +44,7 @@ class RolloutPool:
             recovery=recovery,
             queue=self._queue,
             events=EventLog(self._run_dir),
-            log=WeightLog.open(
-                inside(self._run_dir, LOG_FOLDER), public_key=rollout.public_key_path
-            ),
+            log=WeightLog.open(inside(self._run_dir, LOG_FOLDER), public_key=key),
             on_lost=self._go_on_without,
         )
         self._pools = {pool.name: pool for pool in rollout.all_pools}
@@ -49,7 +52,7 @@ class RolloutPool:
         self._num_placed = 0
         self._asked: bytes | None = b""
         """The file of wishes that was heeded last."""
-        self._run.events.write("pools", {"pools": list(self._pools)})
+        self._tell("pools", pools=list(self._pools))
         self._is_open = False
 
     def open(self) -> None:
@@ -65,30 +68,33 @@ class RolloutPool:
 
     # --- what the trainer asks ------------------------------------------------------------------
 
-    def begin_attempt(self) -> None:
-        """Forgets what earlier attempts asked for."""
-        self._queue.begin_attempt()
+    def begin_attempt(self, number: int) -> None:
+        """Forgets what earlier attempts asked for; whatever they still ask is refused."""
+        self._queue.begin_attempt(number)
 
-    def submit(self, batch: str, units: list[list[Request]], oldest_version: int) -> None:
+    def submit(
+        self, batch: str, units: list[list[Request]], oldest_version: int, attempt: int = 0
+    ) -> None:
         """See RolloutSource."""
-        self._queue.submit(batch, units, oldest_version)
+        self._queue.submit(batch, units, oldest_version, attempt)
 
-    def collect(self, batch: str) -> list[Sample]:
+    def collect(self, batch: str, attempt: int = 0) -> list[Sample]:
         """See RolloutSource. Raises RuntimeError once the pool has given up."""
-        return self._queue.collect(batch)
+        return self._queue.collect(batch, attempt)
 
-    def audit(self, version: int) -> dict[str, str]:
-        """See RolloutSource. An engine that dies meanwhile is replaced and asked again; those that
-        wait for a place, or for their server, and servers that may not be asked, are left out."""
+    def audit(self, version: int, attempt: int = 0) -> dict[str, str]:
+        """See RolloutSource. An engine that dies meanwhile, or cannot say, is replaced and asked
+        again; those that wait for a place, or for their server, and servers that may not be asked,
+        are left out."""
         hashes: dict[str, str | None] = {}
-        while (engines := self._unaudited(hashes)) is not None:
+        while (engines := self._unaudited(hashes, attempt)) is not None:
             for engine in engines:
                 try:
                     hashes[engine.name] = engine.audit(version)
-                except (LostError, UnfitError):
-                    self._wait_for_end_of(engine)
+                except (LostError, UnfitError) as error:
+                    self._retire(engine, error)
         for name in (name for name, found in hashes.items() if found is None):
-            self._run.events.write("engine", {"engine": name, "what": "unaudited", "version": None})
+            self._tell("engine", engine=name, what="unaudited", version=None)
         return {name: found for name, found in hashes.items() if found is not None}
 
     def watch(self) -> None:
@@ -97,11 +103,14 @@ class RolloutPool:
             self._changed.wait_for(lambda: self._queue.failure)
             self._queue.raise_failure()
 
-    def _unaudited(self, known: dict[str, str | None]) -> list[ActorEngine | ServerEngine] | None:
+    def _unaudited(
+        self, known: dict[str, str | None], attempt: int
+    ) -> list[ActorEngine | ServerEngine] | None:
         """Engines to ask, waiting for those that will soon be there; None when all were asked."""
         with self._changed:
             while True:
                 self._queue.raise_failure()
+                self._queue.check_attempt(attempt)
                 places = [place for place in self._places if not place.state.is_over]
                 there = [p.engine for p in places if p.engine and p.state is State.RUNNING]
                 if left := [engine for engine in there if engine.name not in known]:
@@ -110,9 +119,12 @@ class RolloutPool:
                     return None
                 self._changed.wait(TICK_S)
 
-    def _wait_for_end_of(self, engine: ActorEngine | ServerEngine) -> None:
-        """Its place's thread will find out."""
+    def _retire(self, engine: ActorEngine | ServerEngine, error: LostError | UnfitError) -> None:
+        """Its place learns why no hash of it is to be had, and puts another one there."""
         with self._changed:
+            for place in self._places:
+                if place.engine is engine:
+                    place.fault = error
             self._changed.wait_for(
                 lambda: self._queue.failure or all(p.engine is not engine for p in self._places)
             )
@@ -127,8 +139,7 @@ class RolloutPool:
                 self._heed()
             except (ValueError, OSError) as error:
                 if (why := f"not heeded: {error}") != told:
-                    fields = {"part": "pools", "state": "running", "why": why}
-                    self._run.events.write("lifecycle", fields)
+                    self._tell("lifecycle", part="pools", state="running", why=why)
                 told = why
 
     def _heed(self) -> None:
@@ -160,11 +171,18 @@ class RolloutPool:
             room = ActorRoom(pool, self._where, run.rollout, self._model)
         else:
             room = ServerRoom(action.url, self._model["eos_token_id"], run.log, run.events)
-        self._places.append(PoolPlace(self._num_placed, pool, action.url, room, run))
+        is_wished = self._asked is not None
+        place = PoolPlace(self._num_placed, pool, action.url, room, run, is_wished)
+        self._places.append(place)
         self._num_placed += 1
 
     def _go_on_without(self, why: str) -> None:
         """A place was given up."""
         with self._changed:
             if all(place.state.is_over for place in self._places):
-                self._queue.fail(f"no engine is left: {why}")
+                return self._queue.fail(f"no engine is left: {why}")
+        self._tell("lifecycle", part="pools", state="running", why=f"a place was given up: {why}")
+
+    def _tell(self, event: str, **fields: Any) -> None:  # noqa: ANN401
+        with suppress(OSError):  # a full disk, and no sample depends on what is told
+            self._run.events.write(event, fields)

@@ -56,27 +56,39 @@ class RolloutQueue:
         self._most, self._retries = max_waiting_samples, prompt_retries
         self._units: deque[Unit] = deque()
         self._batches: dict[str, Batch] = {}
+        self._attempt = 0
 
-    def begin_attempt(self) -> None:
-        """Forgets what earlier attempts asked for: what they did not save is asked anew."""
+    def begin_attempt(self, number: int) -> None:
+        """Forgets what earlier attempts asked for, and refuses what they still ask: what they did
+        not save is asked anew."""
         with self.changed:
+            self._attempt = number
             for batch in self._batches.values():
                 batch.is_forgotten = True
             self._units.clear()
             self._batches.clear()
             self.changed.notify_all()
 
-    def submit(self, name: str, units: list[list[Request]], oldest_version: int) -> None:
-        """See RolloutSource."""
+    def check_attempt(self, number: int) -> None:
+        """Raises RuntimeError for one that is over: its calls may arrive late."""
+        if number < self._attempt:
+            raise RuntimeError(f"attempt {number} is over; attempt {self._attempt} goes on")
+
+    def submit(
+        self, name: str, units: list[list[Request]], oldest_version: int, attempt: int = 0
+    ) -> None:
+        """See RolloutSource. Raises RuntimeError for an attempt that is over."""
         with self.changed:
+            self.check_attempt(attempt)
             order = [request.request_id for requests in units for request in requests]
             batch = self._batches[name] = Batch(order=order, waited_for=len(order))
             self._units.extend(Unit(batch, requests, oldest_version) for requests in units)
             self.changed.notify_all()
 
-    def collect(self, name: str) -> list[Sample]:
+    def collect(self, name: str, attempt: int = 0) -> list[Sample]:
         """See RolloutSource. Raises RuntimeError after `fail`, or once the attempt is over."""
         with self.changed:
+            self.check_attempt(attempt)
             batch = self._batches[name]
             batch.is_wanted = True
             self.changed.notify_all()
@@ -108,6 +120,13 @@ class RolloutQueue:
         with self.changed:
             is_any_wanted = any(unit.batch.is_wanted for unit in self._units)
             return bool(self._units) and not is_any_wanted and not self._has_room()
+
+    def least_version(self) -> int | None:
+        """The oldest that a unit may be sampled at, of those that the trainer waits for, if any;
+        None where there is no unit."""
+        with self.changed:
+            units = [unit for unit in self._units if unit.batch.is_wanted] or self._units
+            return min((unit.oldest_version for unit in units), default=None)
 
     def __len__(self) -> int:
         return len(self._units)

@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_found_and_no_sample_of_it_is_taken(cluster, tmp_path):
     pool = RolloutPool(str(tmp_path), rollout, RecoveryConfig(), model)
     pool.open()
     pool.submit("0", [requests()], 0)
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 300
     while not (tmp_path / "log" / "flipped").exists():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
@@ -94,7 +94,8 @@ def test_a_flipped_bit_is_found_and_no_sample_of_it_is_taken(cluster, tmp_path):
     assert samples == sound.generate(requests())
     (drained,) = [e for e in events(tmp_path, "engine") if e["what"] == "drained"]
     assert drained["engine"] == "engine-0" and "live weights hash to" in drained["reason"]
-    told = [(e["engine"], e["what"]) for e in events(tmp_path, "engine") if e.get("pool")]
+    ours = [e for e in events(tmp_path, "engine") if e.get("pool") and e["what"] != "waits"]
+    told = [(e["engine"], e["what"]) for e in ours]
     assert told == [
         ("engine-0", "start"),
         ("engine-0", "ready"),

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from gossamer.launch import controller
 from gossamer.launch.cli import main
 from gossamer.launch.pool_wishes import WISHES_FILE
 from gossamer.launch.recipe import dump_config, load_recipe
@@ -73,3 +74,29 @@ def test_what_has_no_engines_is_refused(tmp_path, capsys):
     dump_config(load_recipe("pretrain_stdlib", []), tmp_path / "config.json")
     assert main(["engines", str(tmp_path)]) == 1
     assert "expected a run with a grpo phase" in capsys.readouterr().err
+
+
+def test_what_a_resume_is_told_of_engines_is_what_is_wanted_from_then_on(
+    run, tmp_path, capsys, monkeypatch
+):
+    run.add("pools", pools=["engine"])
+    went_on = []
+    monkeypatch.setattr(
+        controller, "_attempt", lambda config, *_, **__: went_on.append(config.rollout)
+    )
+    pools = "rollout.pools=[{name: near, engines: 4}, {name: far, engines: 1}]"
+    shown(capsys, tmp_path, "engine=3")
+    assert main(["resume", str(tmp_path)]) == 0
+    assert shown(capsys, tmp_path)[-1] == ["engine:", "3", "wanted"]  # a wish outlives the driver
+    assert main(["resume", str(tmp_path), "rollout.engines=4"]) == 0
+    assert shown(capsys, tmp_path)[-1] == ["engine:", "4", "wanted"]
+    assert shown(capsys, tmp_path, f"engine+={URL}")[-1] == ["engine:", "4", "wanted", "and", URL]
+    assert main(["resume", str(tmp_path), pools]) == 0
+    assert shown(capsys, tmp_path, "far=2")[-2:] == [
+        ["near:", "4", "wanted"],
+        ["far:", "2", "wanted"],
+    ]
+    assert main(["resume", str(tmp_path), "cluster.cpus_per_rank=2"]) == 0
+    assert [len(rollout.pools) for rollout in went_on] == [0, 0, 2, 2]
+    assert load_recipe(str(tmp_path / "config.json"), []).cluster.cpus_per_rank == 1
+    assert shown(capsys, tmp_path)[-1] == ["far:", "2", "wanted"]

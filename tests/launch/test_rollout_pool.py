@@ -1,6 +1,8 @@
 """The rollout pool on a real Ray cluster, with engines that fail in every way they can."""
 
+import errno
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -15,11 +17,14 @@ from gossamer.comm.log import WeightLog
 from gossamer.comm.publisher import Publisher
 from gossamer.comm.rollout import Request, Sample
 from gossamer.launch import engine_room
+from gossamer.launch.attempts import Attempts
 from gossamer.launch.config import PoolConfig, RecoveryConfig, RolloutConfig
 from gossamer.launch.engines_cli import places_seen
 from gossamer.launch.pool_wishes import Wish, write_wishes
+from gossamer.launch.recipe import load_recipe
 from gossamer.launch.rollout_pool import RolloutPool
 from gossamer.launch.summary import read_events
+from ray.util.placement_group import placement_group, remove_placement_group
 from tiny_run import events
 
 TESTS = Path(__file__).parent
@@ -31,9 +36,20 @@ class FailingEngine:
     """A RolloutEngine that does what the first word of a prompt says; its weights are nothing."""
 
     def __init__(self, model: dict, log: WeightLog, *, pad_id: int, eos_id: int) -> None:
+        self._log, self._model = log, model
         if "broken" in model:
             raise ValueError("model.broken is set; expected a sound model")
-        self._log, self._die_in_audit = log, "mortal" in model
+        if self._is_first("full"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if self._is_first("stuck"):
+            time.sleep(1000)
+
+    def _is_first(self, fault: str) -> bool:
+        """Whether the model has it, and no engine before had it."""
+        marker = Path(self._log.url, fault)
+        is_first = fault in self._model and not marker.exists()
+        marker.touch()
+        return is_first
 
     def generate(self, requests: list[Request], is_cut=None) -> list[Sample]:
         for number in (request.prompt_ids[0] for request in requests):
@@ -43,6 +59,9 @@ class FailingEngine:
                 os.kill(os.getpid(), signal.SIGKILL)
             if number == 3:
                 raise FloatingPointError("logits are not finite")
+            if number == 4 and not marker.exists():
+                marker.touch()
+                time.sleep(1000)
         where = os.getpid(), int(os.environ.get("CUDA_VISIBLE_DEVICES") or -1)
         return [Sample(**ENDED, request_id=r.request_id, token_ids=where) for r in requests]
 
@@ -55,8 +74,10 @@ class FailingEngine:
         return CommitStats(version=0, pause_s=0.0, num_changed=0)
 
     def audit(self) -> str:
-        if self._die_in_audit:
+        if "mortal" in self._model:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._is_first("unreachable"):
+            raise OSError("the store is away")
         return self._log.manifest(self._version).state_hash
 
 
@@ -167,9 +188,7 @@ def test_engines_stop_when_the_trainer_does_not_ask(build_pool, tmp_path):
     def sampled() -> int:
         return [e["what"] for e in events(tmp_path, "engine")].count("generate")
 
-    settled = time.monotonic() + 20
-    while sampled() < 2 and time.monotonic() < settled:
-        time.sleep(0.05)
+    wait_until(lambda: sampled() >= 2 and pool._queue.is_held())
     time.sleep(0.5)
     assert 2 <= sampled() <= 3  # an engine was busy when the bound was met
     # whatever is asked for is sampled, the last first, and what is held back makes room for it
@@ -187,7 +206,7 @@ def test_an_audit_of_engines_that_always_die_ends(build_pool):
 
 
 def wait_until(holds) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 180
     while not holds():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
@@ -203,15 +222,18 @@ def test_pools_share_a_gpu_wait_for_what_is_not_there_grow_and_shrink(build_pool
         PoolConfig(name="far", engines=1, num_cpus=0.5, labels={"zone": "b"}),
     )
     pool = build_pool(1, options={"pools": pools})
-    wait_until(lambda: len(told(tmp_path, "ready")) == 2 and told(tmp_path, "waits"))
-    (waits,) = told(tmp_path, "waits")
-    assert waits["engine"] == "far-0"
-    assert waits["waits_for"] == "0.5 CPUs on a node with zone=b"
+
+    def waits(engine: str) -> set[str]:
+        """What it waited for; on a busy host it may say so more often."""
+        return {e["waits_for"] for e in told(tmp_path, "waits") if e["engine"] == engine}
+
+    wait_until(lambda: len(told(tmp_path, "ready")) == 2 and waits("far-0"))
+    assert waits("far-0") == {"0.5 CPUs on a node with zone=b"}
     pool.submit("0", [requests(n) for n in range(10, 30)], 0)
     assert {sample.token_ids[1] for sample in pool.collect("0")} == {0}  # the only GPU
     write_wishes(tmp_path, {"gpu": Wish(engines=3), "far": Wish(engines=0)})
-    wait_until(lambda: len(told(tmp_path, "waits")) == 2 and told(tmp_path, "left"))
-    assert told(tmp_path, "waits")[1]["waits_for"] == "0.5 GPUs on a node with zone=a"
+    wait_until(lambda: waits("gpu-2") and told(tmp_path, "left"))
+    assert waits("gpu-2") == {"0.5 GPUs on a node with zone=a"}
     assert told(tmp_path, "left")[0]["engine"] == "far-0"
     (tmp_path / "log" / "died-2").touch()
     pool.submit("1", [requests(10), requests(11)], 0)
@@ -238,19 +260,74 @@ def test_an_engine_that_falls_behind_is_drained_and_another_one_takes_its_unit(
     (tmp_path / "log" / "slow").unlink()
     pool.collect("0")
     (drained,), (anew,) = told(tmp_path, "drained"), told(tmp_path, "reseeded")
-    assert drained["reason"] == "3 versions behind, rollout.max_behind is 1"
+    assert re.match("[23] versions behind, rollout.max_behind is 1$", drained["reason"])
     assert (drained["engine"], anew["engine"]) == ("engine-0", "engine-1")
     assert told(tmp_path, "dead") == []
 
 
 @pytest.mark.slow
 def test_an_engine_that_hangs_is_not_waited_for_for_ever(build_pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine_room, "SILENCE_S", 2.0)
+    monkeypatch.setattr(engine_room, "SILENCE_S", 15.0)
     pool = build_pool(1, options={"num_cpus": 1.0})
     wait_until(lambda: told(tmp_path, "ready"))
     os.kill(int((tmp_path / "pids" / "engine-0").read_text()), signal.SIGSTOP)
     pool.submit("0", [requests(10)], 0)
     assert len(pool.collect("0")) == 1
     (dead,) = told(tmp_path, "dead")
-    assert dead["reason"] == "engine-0 has not answered for 2 s"
+    assert dead["reason"] == "engine-0 has not answered for 15 s"
     assert sorted(pool.audit(0)) == ["engine-1"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "options", "reason"),
+    [
+        ("hang", {"unit_timeout_s": 3.0}, "not sampled a unit in rollout.unit_timeout_s=3"),
+        ("stuck", {"start_timeout_s": 15.0}, "not up in rollout.start_timeout_s=15"),
+        ("full", {}, "No space left on device"),
+        ("unreachable", {}, "the store is away"),
+    ],
+)
+def test_an_engine_that_hangs_or_has_no_disk_is_replaced(
+    build_pool, tmp_path, fault, options, reason
+):
+    pool = build_pool(1, options=options, **{fault: True})
+    pool.submit("0", [requests(4 if fault == "hang" else 10)], 0)
+    assert len(pool.collect("0")) == 1
+    assert len(pool.audit(0)) == 1
+    dead = told(tmp_path, "dead")[0]
+    assert dead["engine"] == "engine-0" and reason in dead["reason"]
+
+
+def test_places_of_other_jobs_are_not_taken_for_the_ranks(cluster, tmp_path):
+    config = load_recipe("demo", [])
+    bundles = [{"memory": 1}] * config.train.parallel.world_size
+    others = placement_group(bundles)
+    attempts = Attempts(config, tmp_path, 1, lambda: None)
+    attempts._others = set(ray.util.placement_group_table())
+    assert others.wait(60) and attempts._have_places() is None  # it has not asked
+    too_large, ours = placement_group([{"CPU": 9}] * len(bundles)), None
+    try:
+        assert attempts._have_places() is False
+        remove_placement_group(too_large)
+        wait_until(lambda: attempts._have_places() is None)
+        ours = placement_group(bundles)
+        assert ours.wait(60) and attempts._have_places() is True
+    finally:
+        for group in filter(None, (others, too_large, ours)):
+            remove_placement_group(group)
+
+
+@pytest.mark.slow
+def test_a_pool_that_cannot_be_made_says_why(cluster, publish, tmp_path, monkeypatch):
+    monkeypatch.setattr("gossamer.launch.attempts._engine_model", lambda config, run_dir: MODEL)
+    config = load_recipe("demo", [f"rollout.public_key_path={tmp_path}/missing.pub"])
+    attempts = Attempts(config, tmp_path, 1, lambda: None)
+    attempts._pool_of_this_attempt()
+    wait_until(lambda: ray.wait([attempts._pool_end], timeout=0)[0])
+    failure = attempts._pool_failure()
+    assert failure.is_final and attempts._pool is None
+    assert re.match(
+        "the rollout pool could not be made: ValueError: rollout.public_key_path: .*missing.pub is",
+        failure.reason,
+    )

@@ -1,6 +1,7 @@
 """What the trainer asked for: order, back-pressure, what fails, what is forgotten. No Ray."""
 
 import threading
+import time
 
 import pytest
 from gossamer.comm.rollout import Request, Sample, VersionSpan
@@ -51,6 +52,16 @@ def test_a_unit_goes_to_who_may_have_it():
     assert unit.is_met_by(answer(unit, 7)) and not unit.is_met_by(answer(unit, 6))
 
 
+def test_the_least_version_is_that_of_what_the_trainer_waits_for():
+    queue = RolloutQueue(None, 0)
+    assert queue.least_version() is None
+    queue.submit("new", [requests(1)], 7)
+    queue.submit("old", [requests(2)], 3)
+    assert queue.least_version() == 3
+    queue._batches["new"].is_wanted = True
+    assert queue.least_version() == 7
+
+
 def test_what_an_earlier_attempt_asked_for_is_forgotten():
     queue, said = RolloutQueue(None, 0), []
     queue.submit("0", [requests(1), requests(2)], 0)
@@ -63,10 +74,18 @@ def test_what_an_earlier_attempt_asked_for_is_forgotten():
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    queue.begin_attempt()
-    waiting.join(10)
+    deadline_s = time.monotonic() + 60
+    while not queue._batches["0"].is_wanted:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    queue.begin_attempt(2)
+    waiting.join(60)
     assert said
-    queue.submit("0", [requests(1)], 3)
+    queue.submit("0", [requests(1)], 3, attempt=2)
+    # a call that was on its way when the link was cut
+    for late in (lambda: queue.submit("0", [requests(1)], 0, 1), lambda: queue.collect("0", 1)):
+        with pytest.raises(RuntimeError, match="attempt 1 is over; attempt 2 goes on"):
+            late()
     queue.take(in_flight, answer(in_flight))
     queue.try_again(in_flight)
     queue.put_back(in_flight)
