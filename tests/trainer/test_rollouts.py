@@ -88,6 +88,7 @@ def test_other_prompts_are_asked_until_there_are_enough_that_teach():
     assert (told.groups, told.groups_learned, told.groups_lost) == (11, 3, 1)
     assert int((batch.weights_BS != 0).sum()) == 6
     assert (told.staleness_mean, told.staleness_max) == (1.0, 1)
+    assert told.score_s > 0
     again = Scripted()
     batches(again, refill_rounds=9, drop_unscored=True).collect(0)
     assert again.asked == source.asked
