@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from gossamer.comm.engines.follow import EngineError
@@ -120,7 +121,8 @@ class ServerEngine:
             "cuts": 0,
             "dropped_tokens": 0,
         }
-        self._events.write("engine", told)
+        with suppress(OSError):  # a full disk, and no sample depends on what is told
+            self._events.write("engine", told)
         return samples
 
     def _version(self) -> int | None:

@@ -56,12 +56,15 @@ class SamplingServer:
             return 200, {"weight_version": self.label}
         if path == "/collective_rpc" and self.is_dev:
             assert body["method"] == "gossamer_audit"
-            return 200, {"results": [{"version": self.version, "state_hash": self.state_hash}]}
+            return 200, {"results": self.ranks()}
         if path == "/inference/v1/generate":
             self.asked.append(body)
             fault = self.faults.pop(0) if self.faults else None
             return 200, {"choices": [(fault and fault(body)) or self.choice(body)]}
         return 404, {"detail": "Not Found"}
+
+    def ranks(self):
+        return [{"version": self.version, "state_hash": self.state_hash}]
 
     @property
     def label(self):

@@ -41,6 +41,7 @@ SURE = 0.1
 """Nearer to 0 a log-probability at temperature 1 does not show what temperature does to it."""
 NO_LOGPROB = -9999.0
 """vLLM's word for a log-probability that it does not have."""
+GENERATE = "/inference/v1/generate"
 NOT_PASSED = (401, 403, 404, 405)
 """What a proxy answers for routes that are not for everybody."""
 
@@ -83,15 +84,21 @@ class VLLMServer:
     def audit(self) -> tuple[int | None, str] | None:
         """(version, state hash) of the live weights, read in full; None where it may not be asked.
 
-        Raises EngineError where ranks differ.
+        Of ranks that hold different weights it is all their hashes, which is no version's. Raises
+        EngineError for ranks at different versions.
         """
-        ranks = self._rpc("gossamer_audit", self._timeout_s)
-        if ranks is None:
+        body = {"method": "gossamer_audit", "args": []}
+        status, answer = self._ask("POST", "/collective_rpc", body, self._timeout_s)
+        if status in NOT_PASSED:
             return None
-        found = {(rank["version"], rank["state_hash"]) for rank in ranks}
-        if len(found) != 1:
-            raise EngineError(f"the ranks of {self.url} hold different states: {sorted(found)}")
-        return found.pop()
+        found = self._read("/collective_rpc", status, answer)
+        try:
+            (version,) = {rank["version"] for rank in found["results"]}
+            hashes = " and ".join(sorted({rank["state_hash"] for rank in found["results"]}))
+            return None if version is None else int(version), hashes
+        except (KeyError, TypeError, ValueError):
+            said = f"{self.url}/collective_rpc answered {str(found)[:300]}"
+            raise EngineError(f"{said}; expected all ranks' hashes of one version") from None
 
     def generate(self, requests: list[Request]) -> list[Sample]:
         """One completion a request, in their order.
@@ -164,7 +171,7 @@ class VLLMServer:
             "detokenize": False,
         }
         body = {"token_ids": list(request.prompt_ids), "sampling_params": sampling}
-        answer = self._json("POST", "/inference/v1/generate", body, self._timeout_s)
+        answer = self._json("POST", GENERATE, body, self._timeout_s)
         try:
             (choice,) = answer["choices"]
             return {**choice}
@@ -194,19 +201,12 @@ class VLLMServer:
             )
         self._is_checked = True
 
-    def _rpc(self, method: str, timeout_s: float) -> list[dict[str, Any]] | None:
-        body = {"method": method, "args": []}
-        status, answer = self._ask("POST", "/collective_rpc", body, timeout_s)
-        if status in NOT_PASSED:
-            return None
-        return self._read("/collective_rpc", status, answer)["results"]
-
     def _json(self, method: str, path: str, body: object, timeout_s: float) -> dict[str, Any]:
         return self._read(path, *self._ask(method, path, body, timeout_s))
 
     def _read(self, path: str, status: int, answer: bytes) -> dict[str, Any]:
         said = f"{self.url}{path} answered {status}: {answer[:300].decode(errors='replace')}"
-        if status in (400, 413, 422):
+        if status in (400, 413, 422) and path == GENERATE:
             raise RequestError(said)
         if status == 401:
             raise EngineError(f"{said}; expected its --api-key in ${TOKEN_VARIABLE}")

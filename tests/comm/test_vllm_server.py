@@ -149,6 +149,25 @@ def test_what_a_request_is_refused_for_is_the_requests_fault():
             VLLMServer(url, eos_id=EOS, run_id="run").generate(asked(1))
 
 
+def test_any_other_refusal_is_the_servers_fault(server):
+    server.serve = lambda path, body, headers: (400, {"error": "which model?"})
+    for ask in (client(server).version, client(server).audit):
+        with pytest.raises(EngineError, match="answered 400: .*which model"):
+            ask()
+
+
+def test_ranks_that_hold_different_weights_are_found_out(server):
+    server.version, ranks = 3, [{"version": 3, "state_hash": each} for each in ("cd", "ab", "ab")]
+    server.ranks = lambda: ranks
+    assert client(server).audit() == (3, "ab and cd")
+    nameless, at_none = {"version": 3}, {"version": "x", "state_hash": "ab"}
+    behind, without = {"version": 2, "state_hash": "ab"}, {"version": 3, "state_hash": None}
+    for bad in ([*ranks, behind], [], None, [nameless], [3], [at_none], [without]):
+        server.ranks = lambda bad=bad: bad
+        with pytest.raises(EngineError, match="expected all ranks' hashes of one version"):
+            client(server).audit()
+
+
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [

@@ -51,6 +51,22 @@ def test_an_audit_of_a_server_that_stays_behind_ends(
     assert len(pool.audit(1)) == 2
 
 
+def test_an_audit_of_a_server_whose_ranks_differ_says_so(build, serve, tmp_path):
+    server = serve()
+    server.ranks = lambda: [{"version": 0, "state_hash": each} for each in ("ab", "cd")]
+    pool = build(server)
+    assert pool.audit(0) == {server.url[7:]: "ab and cd"}
+
+
+def test_a_server_that_refuses_to_say_its_version_is_waited_for(build, serve, tmp_path):
+    first, second = serve(), serve()
+    first.serve = lambda path, body, headers: (400, {"error": "which model?"})
+    pool = build(first, second)
+    wait_until(lambda: any("answered 400" in e["waits_for"] for e in told(tmp_path, "waits")))
+    pool.submit("0", units(1), 0)
+    assert len(pool.collect("0")) == 2 and second.asked
+
+
 def test_a_server_that_no_unit_may_be_given_says_what_it_waits_for(
     build,
     serve,
