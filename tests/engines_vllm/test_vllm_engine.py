@@ -1,9 +1,14 @@
 import importlib
+import shutil
 
 import pytest
 import torch
 from gossamer.comm.engines.images import Scatter
 from gossamer.comm.engines.pieces import LayoutError
+from gossamer.comm.live import ApplyError
+from gossamer.comm.log import WeightLog
+from gossamer.comm.publisher import Publisher
+from gossamer.comm.signing import Signer, write_keys
 from tiny_models import EOS, MODELS, SMALL, Trained, answers, answers_of_llm, requests, start_llm
 from vllm_here import VLLM, vllm_here  # noqa: F401
 
@@ -93,6 +98,28 @@ def test_a_rank_that_moved_its_weights_is_not_written(trained):
         engine.commit()
     norm.data = whole
     assert all(each.spans[0].version == old for each in engine.generate(requests()))
+
+
+def test_what_is_forged_behind_the_driver_is_refused_by_the_workers(tmp_path):
+    trained = Trained("qwen3_moe", tmp_path)
+    write_keys(tmp_path / "key")
+    honest, forged = tmp_path / "signed", tmp_path / "forged"
+    log = WeightLog.open(honest, create=True)
+    trained.publisher = Publisher(log, signer=Signer.from_file(tmp_path / "key"))
+    trained.publish()
+    trained.log = WeightLog.open(honest, public_key=tmp_path / "key.pub")
+    engine = build(trained)
+    follow(engine, 0)
+    shutil.copytree(honest, forged)
+    trained.step()
+    assert trained.log.next_version(0) == 1  # read and believed
+    trained.publisher = Publisher(WeightLog.open(forged), takeover=True)
+    trained.step()
+    shutil.copytree(forged, honest, dirs_exist_ok=True)
+    before = engine.audit()
+    with pytest.raises(ApplyError, match="manifest-00000001.json is not signed"):
+        engine.stage(1)
+    assert engine.audit() == before == trained.log.manifest(0).state_hash
 
 
 def test_a_sample_that_a_commit_meets_names_both_versions(trained):
