@@ -38,8 +38,8 @@ def settings(replica: str, index: int, num_replicas: int, rounds: Path | str, **
         "inner_steps": INNER_STEPS,
         "expected_replicas": num_replicas,
         "sparseloco": {"density": 0.0625},
-        "grace_s": 60.0,
-        "deadline_s": 100.0,
+        "grace_s": 300.0,
+        "deadline_s": 300.0,
         "poll_s": 0.02,
         "anchor_every_rounds": 2,
         "keep_anchors": 0,
@@ -61,11 +61,26 @@ class Fault:
     """The round that is settled, and not applied yet."""
     garbage: bool = False
     """That file is garbage instead."""
-    sleep_s: float = 0.0
-    """It sleeps instead."""
+    wait_for: str = ""
+    """It puts that file once this one exists."""
     at_round: int = -1
     scale: float = 1.0
     """What it trained in that round is so many times as much, or NaN."""
+    patient_until: str = ""
+    """It gives nobody up until this file exists."""
+
+
+class PatientUntil:
+    """An OuterConfig whose grace is endless until a file exists: before the fault of a test nobody
+    is given up because the machine is slow."""
+
+    def __init__(self, config: Any, path: Path | str) -> None:  # noqa: ANN401
+        self._config, self._path = config, Path(path)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name == "grace_s" and not self._path.exists():
+            return float("inf")
+        return getattr(self._config, name)
 
 
 def _die() -> None:
@@ -81,8 +96,9 @@ def _arm(session: Any, fault: Fault) -> None:  # noqa: ANN401
 
     def faulty_put(name: str, data: bytes, overwrite: bool = False) -> bool:
         hit = bool(fault.pattern and re.fullmatch(fault.pattern, name))
-        if hit and fault.sleep_s:
-            time.sleep(fault.sleep_s)
+        if hit and fault.wait_for:
+            while not Path(fault.wait_for).exists():
+                time.sleep(0.02)
         elif hit and not fault.garbage and fault.when == "before":
             _die()
         created = put(name, b"garbage" * 100 if hit and fault.garbage else data, overwrite)
@@ -92,13 +108,13 @@ def _arm(session: Any, fault: Fault) -> None:  # noqa: ANN401
 
     def faulty_settle(number: int) -> Any:  # noqa: ANN401
         settled = settle(number)
-        if number == fault.after_settle:
+        if 0 <= fault.after_settle <= number:
             _die()
         return settled
 
     def faulty_update(phase: Any) -> Any:  # noqa: ANN401
         result = update(phase)
-        if session.progress.step == fault.after_update:
+        if 0 < fault.after_update <= session.progress.step:
             _die()
         return result
 
@@ -112,6 +128,8 @@ def _arm(session: Any, fault: Fault) -> None:  # noqa: ANN401
 
     store.put, exchange.settle, session.update = faulty_put, faulty_settle, faulty_update
     outer._rows = faulty_rows
+    if fault.patient_until:
+        exchange._config = PatientUntil(exchange._config, fault.patient_until)
 
 
 def _rollouts(config: Any, run_dir: Path) -> Any:  # noqa: ANN401
