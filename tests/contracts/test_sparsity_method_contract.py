@@ -33,7 +33,7 @@ def advance(method, bands, steps, reduce=ALONE):
         point = Point(step, 10 * step)
         due = method.step(point).updates
         mine = [band for band in bands if band.name in due]
-        for band, mask in zip(mine, method.update(mine, point, reduce), strict=True):
+        for band, mask in zip(mine, method.update(mine, point, reduce, due), strict=True):
             band.mask_RC = mask
     return [band.mask_RC for band in bands]
 
@@ -73,6 +73,21 @@ def test_masks_do_not_depend_on_who_owns_which_rows(build_method):
     parts = as_ranks(3, rank_of_three)
     cut = joined([b for bands, _ in parts for b in bands], [m for _, masks in parts for m in masks])
     assert all(torch.equal(whole[name], cut[name]) for name in names)
+
+
+def test_what_is_asked_for_is_all_that_is_chosen(build_method):
+    """Replicas ask apart for matrices whose masked weights live, of which there may be none."""
+    method, names = build_method()
+    bands = [band for band in make_bands(SHAPES) if band.name in names]
+    advance(method, bands, STEPS[:1])
+    for step in STEPS:
+        point = Point(step, 10 * step)
+        assert method.update([], point, ALONE, frozenset()) == []
+        due = method.step(point).updates
+        mine = [band for band in bands if band.name in due]
+        told = method.update(mine, point, ALONE, due)
+        asked = method.update(mine, point, ALONE)
+        assert all(torch.equal(a, b) for a, b in zip(told, asked, strict=True))
 
 
 def test_a_resumed_method_goes_on_as_one_that_was_never_stopped(build_method):

@@ -247,6 +247,46 @@ def rules_of_several_intervals(folder: Path) -> None:
         assert rate == sad / elements, step
 
 
+def replicas_share_masks_of_one_kind(folder: Path) -> None:
+    """Rounds change masks of `masked` rules; those under which weights live are each replica's. A
+    window that began before the last round is sent though its expert idles now."""
+    lives = {
+        "match": ["*.experts.*.up_proj.weight"],
+        "distribution": {"kind": "global"},
+        "schedule": {"density": 0.25, "every_steps": 2},
+        "flow": {"kind": "soft"},
+        "end": {"kind": "densify", "at": 0.75},
+    }
+    rigl = {
+        "match": ["*.experts.*.gate_proj.weight"],
+        "schedule": {"density": 0.25, "every_steps": 4},
+        "regrow": {"criterion": "gradient", "window_steps": 4, "stop": 1.0},
+    }
+    config = settings(8, lives, rigl)
+    config["outer"] = {
+        "url": str(folder / "rounds"),
+        "replica": "a",
+        "rule": "averaging",
+        "inner_steps": 2,
+        "expected_replicas": 1,
+    }
+    run = Run(folder, "replica", config)
+    before, after = run.steps(6), run.rows()
+    assert run.told("masks", "density")[-1] == 0.625
+    for name, rows in after.items():
+        if "up_proj" in name:
+            torch.testing.assert_close(rows["seen"], before[name]["master"])
+            assert rows["mask"].all() and not before[name]["mask"].all()
+        else:
+            assert density({name: rows}, "mask") == 0.25
+    outer = run.session._outer
+    outer._load_LE.zero_()
+    idle = outer._idle()
+    gates = {name for name in after if "gate_proj" in name}
+    assert {f"mask of {name}" for name in gates} < idle and gates < idle
+    assert {f"window of {name}" for name in gates} < {name for name, _ in outer.replica.rows} - idle
+
+
 def a_bit_that_differs(folder: Path) -> None:
     """A mask that loses a bit on its way into the shard ends the run."""
     from gossamer.parallel import masks
@@ -272,6 +312,7 @@ CASES: tuple[Callable[[Path], None], ...] = (
     what_lives_is_dense_as_it_is,
     a_window_of_skipped_steps,
     rules_of_several_intervals,
+    replicas_share_masks_of_one_kind,
     a_bit_that_differs,
 )
 
