@@ -45,9 +45,9 @@ def test_gradients_and_warm_up_are_counted(tmp_path, capsys):
     assert counts["rigl"]["scored"] == 7  # a step before each change up to 75 %
     assert counts["rigl"]["updates"] == list(range(0, 800, 100))
     assert counts["spdf"]["updates"] == [0, 800]
-    assert counts["spdf"]["rewarm"] == list(range(801, 900))
+    assert counts["spdf"]["rewarm"] == list(range(801, 820))
     assert set(counts["spdf"]["final"].values()) == {1.0}
-    assert "rises again over 99 steps" in capsys.readouterr().out
+    assert "rises again over 19 steps" in capsys.readouterr().out
 
 
 def test_a_recipe_without_a_plan_and_a_method_that_is_none(capsys):

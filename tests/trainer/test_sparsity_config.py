@@ -47,7 +47,7 @@ from gossamer.trainer.sparsity.recipes import RECIPES
             "pattern.block_rows is 48; expected a divisor of 64",
         ),
         (lambda: FlowConfig(decay=0.1), "flow.decay is 0.1 with kind masked"),
-        (lambda: EndConfig(rewarm_steps=5), "with kind freeze; expected densify"),
+        (lambda: EndConfig(rewarm=0.5), "with kind freeze; expected densify"),
         (
             lambda: RuleConfig(
                 pattern=PatternConfig(kind="n_m"), regrow=RegrowConfig(criterion="random")

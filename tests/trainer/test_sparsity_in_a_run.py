@@ -26,7 +26,7 @@ SET = RIGL | {
 SPDF = {
     "match": ["*.self_attn.*_proj.weight"],
     "schedule": {"density": 0.25},
-    "end": {"kind": "densify", "at": DENSE_AT / STEPS, "reset_moments": True, "rewarm_steps": 3},
+    "end": {"kind": "densify", "at": DENSE_AT / STEPS, "reset_moments": True, "rewarm": 3 / STEPS},
 }
 
 

@@ -285,7 +285,7 @@ def test_a_target_holds_where_masks_do():
 
 
 def test_spdf_ends_dense_with_a_warm_learning_rate():
-    config = rule("spdf_variable", end={"at": 0.5, "rewarm_steps": 4})
+    config = rule("spdf_variable", end={"at": 0.5, "rewarm": 0.04})
     plan = SparsityPlan(config)
     (name,) = plan.begin({NAME: (1, 10)}, Horizon(100))
     assert plan.target(Point(49)) == {name: 0.1} and plan.target(Point(50)) == {name: 1.0}

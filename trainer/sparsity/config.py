@@ -162,7 +162,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InitialConfig:
-    """The first mask, drawn before the first step, where there is one from the beginning: flow masked
+    """The first mask, drawn before the first step where there is one from the start: flow masked
     and schedule static, or initial_density below 1."""
 
     criterion: str = "random"
@@ -287,23 +287,26 @@ class EndConfig:
     """What becomes of the mask at the end."""
 
     kind: str = "freeze"
-    """freeze: it stays as it is; densify (SPDF): all weights take part, from 0; prune: weights that
-    are still alive under the mask become 0, and so they stay."""
+    """freeze: it stays as it is; densify (SPDF): all weights take part, from 0, or, where masked
+    ones lived, as they are; prune: those that still live under the mask become 0, and so they
+    stay."""
     at: float = 1.0
     """Share of the run's steps."""
     reset_moments: bool = False
-    """densify: all moments of the rule's matrices become 0, not only those of revived weights."""
-    rewarm_steps: int = 0
-    """densify: the learning rate rises again from 0 over these steps; revived weights have a
-    second moment of 0, and without it their first step is a leap."""
+    """densify: all moments of the rule's matrices become 0, not only those of revived weights.
+    Adam's count of steps, which belongs to all weights, goes on."""
+    rewarm: float = 0.0
+    """densify: share of the run's steps in which the learning rate rises again from 0 to what the
+    phase's own curve says; revived weights have a second moment of 0, and without it their first
+    step is a leap. For a curve of its own, begin a phase where the mask ends."""
 
     def __post_init__(self) -> None:
         _one_of("end.kind", self.kind, ENDS)
         _share("end.at", self.at)
-        _at_least("end.rewarm_steps", self.rewarm_steps, 0)
+        _share("end.rewarm", self.rewarm)
         _require(
-            self.kind == "densify" or not (self.reset_moments or self.rewarm_steps),
-            f"end.reset_moments and end.rewarm_steps with kind {self.kind}; expected densify",
+            self.kind == "densify" or not (self.reset_moments or self.rewarm),
+            f"end.reset_moments and end.rewarm with kind {self.kind}; expected densify",
         )
 
 

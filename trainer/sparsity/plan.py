@@ -53,9 +53,9 @@ class SparsityPlan:
         ended = [r for r in self._rules if point.step == r.end_step and r.config.end.reset_moments]
         factor = 1.0
         for rule in self._rules:
-            warm, done = rule.config.end.rewarm_steps, point.step - rule.end_step
-            if 0 <= done < warm:
-                factor = min(factor, (done + 1) / warm)
+            done = point.step - rule.end_step
+            if 0 <= done < rule.rewarm_steps:
+                factor = min(factor, (done + 1) / rule.rewarm_steps)
         return StepPlan(
             updates=_names(rule for rule in self._rules if rule.is_due(point)),
             scores=_names(rule for rule in self._rules if rule.wants_gradient(point)),

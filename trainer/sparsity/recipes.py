@@ -35,17 +35,18 @@ RECIPES: dict[str, SparsityConfig] = {
     # Random pruning (2202.02643); ER and ERK are the same for matrices
     "static_uniform": _one(RuleConfig(schedule=TO_10_PERCENT)),
     "static_erk": _one(RuleConfig(schedule=TO_10_PERCENT, distribution=ERK)),
-    # SPDF (2303.10464): 75 % sparse, then dense; variable SPDF: for the last 13 % of the steps
+    # SPDF (2303.10464): 75 % sparse, then dense; variable SPDF: for the last 13 % of the steps. Both
+    # papers' dense part has a learning-rate curve of its own: a phase, see docs/sparsity.md
     "spdf": _one(
         RuleConfig(
             schedule=ScheduleConfig(density=0.25),
-            end=EndConfig(kind="densify", at=0.8, rewarm_steps=100),
+            end=EndConfig(kind="densify", at=0.8, rewarm=0.02),
         )
     ),
     "spdf_variable": _one(
         RuleConfig(
             schedule=TO_10_PERCENT,
-            end=EndConfig(kind="densify", at=0.87, reset_moments=True, rewarm_steps=938),
+            end=EndConfig(kind="densify", at=0.87, reset_moments=True, rewarm=0.013),
         )
     ),
     # The Journey Matters (2501.12486): 25 to 75 % of compute

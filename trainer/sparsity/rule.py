@@ -43,6 +43,7 @@ class Rule:
                 )
         self.window = window(config.schedule, horizon.total_steps)
         self.end_step = round(config.end.at * horizon.total_steps)
+        self.rewarm_steps = round(config.end.rewarm * horizon.total_steps)
         self._keep_score = _criterion(config.criterion, "criterion")
         self._first_score = self._keep_score
         if _is_drawn(config):
