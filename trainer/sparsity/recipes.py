@@ -35,8 +35,8 @@ RECIPES: dict[str, SparsityConfig] = {
     # Random pruning (2202.02643); ER and ERK are the same for matrices
     "static_uniform": _one(RuleConfig(schedule=TO_10_PERCENT)),
     "static_erk": _one(RuleConfig(schedule=TO_10_PERCENT, distribution=ERK)),
-    # SPDF (2303.10464): 75 % sparse, then dense; variable SPDF: for the last 13 % of the steps. Both
-    # papers' dense part has a learning-rate curve of its own: a phase, see docs/sparsity.md
+    # SPDF (2303.10464): 75 % sparse, then dense; variable SPDF: for the last 13 % of the steps. The
+    # papers' dense parts have learning-rate curves of their own: a phase, see docs/sparsity.md
     "spdf": _one(
         RuleConfig(
             schedule=ScheduleConfig(density=0.25),
