@@ -1,8 +1,8 @@
 """The Ray cluster of a run: one started on this machine, or one that is there.
 
 The one idea: a local cluster is given as many logical CPUs as the run asks for, so that a laptop
-with two cores runs what a cluster would, only slower; Ray's own chatter stays in its log files,
-which RUN_DIR/logs/ray points to.
+with two cores runs what a cluster would, only slower, and listens on loopback alone; Ray's own
+chatter stays in its log files, which RUN_DIR/logs/ray points to.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 """Environment of every process of a run, where its owner does not say otherwise."""
+LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+"""By this Ray takes 127.0.0.1 for a machine's address, as it does by default on Windows and macOS:
+no other machine reaches a local cluster."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for what it runs as a job."""
 
@@ -39,10 +42,12 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
     """Joins the cluster that the config names, or starts one; leaves it afterwards."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    import ray
-
     # the driver of a Ray job joins the cluster that runs it
     address = config.cluster.address or ("auto" if JOB_VARIABLE in os.environ else None)
+    if not address:
+        os.environ.setdefault(*LOOPBACK)
+    import ray
+
     # workers of a cluster that is there inherit nothing of this process
     settings = {name: os.environ[name] for name in SETTINGS}
     on_sigterm = signal.getsignal(signal.SIGTERM)

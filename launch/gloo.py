@@ -2,7 +2,8 @@
 
 The one idea: gloo listens where the host's own name points to, which on many hosts is loopback; the
 cluster knows an address of every node by which the others reach it, so gloo is given the interface
-that holds it. Whoever sets GLOO_SOCKET_IFNAME where the node is started is obeyed.
+that holds it: loopback, in a cluster of this machine alone. Whoever sets GLOO_SOCKET_IFNAME where
+the node is started is obeyed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class _Gloo(_TorchBackend):
     def on_start(  # type: ignore[override]
         self, worker_group: BaseWorkerGroup, backend_config: TorchConfig
     ) -> None:
-        if len(set(worker_group.execute(ray.util.get_node_ip_address))) > 1:
+        addresses = set(worker_group.execute(ray.util.get_node_ip_address))
+        if len(addresses) > 1 or addresses == {"127.0.0.1"}:
             worker_group.execute(use_cluster_interface)
         super().on_start(worker_group, backend_config)
 
