@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gossamer.launch.quantities import format_count
 
 if TYPE_CHECKING:
-    from gossamer.launch.config import RunConfig
-    from gossamer.trainer.config import TrainConfig
+    from gossamer.trainer.config import ModelConfig, TrainConfig
     from gossamer.trainer.sparsity.method import Shapes
 
 COLUMNS, LINES = 64, 8
@@ -145,15 +144,15 @@ def course_of(config: TrainConfig, shapes: Shapes) -> Course:
     )
 
 
-def model_shapes(config: RunConfig) -> Shapes:
-    """Every tensor of the recipe's model by its checkpoint name; no weights are made."""
+def model_shapes(model: ModelConfig, vocab_size: int) -> Shapes:
+    """Every tensor of a model by its checkpoint name; no weights are made."""
     import torch
     from gossamer.comm.names import logical_views
     from gossamer.trainer.model import hf_config
     from gossamer.trainer.tokenizer import token_fields
     from transformers import AutoModelForCausalLM
 
-    hf = hf_config(config.train.model, token_fields(config.train.tokenizer.vocab_size))
+    hf = hf_config(model, token_fields(vocab_size))
     with torch.device("meta"):
         module = AutoModelForCausalLM.from_config(hf)
     views = logical_views(module.named_parameters(), model_type=hf.model_type)
@@ -166,7 +165,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     config = load_recipe(arguments.recipe, arguments.overrides)
     if arguments.method is not None:
         config = replace(config, train=replace(config.train, sparsity=_recipe(arguments.method)))
-    course = course_of(config.train, model_shapes(config))
+    train = config.train
+    course = course_of(train, model_shapes(train.model, train.tokenizer.vocab_size))
     print(draw(course))
     if arguments.json is not None:
         told = asdict(course) | {"mean_density": course.mean_density}

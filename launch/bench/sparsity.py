@@ -4,9 +4,10 @@ The one idea: a difference counts only when every seed says so and it is larger 
 changes. The model is tiny and sees little text, so this shows how the methods behave, not which is
 best; no published claim of quality is checked here.
 
-Columns: `loss` held-out, nats a token, at the end; `steps` at the dense arm's compute; `density` at
-the end; `mean_density` over the steps; `flops_share` of a dense step of the whole model that a
-machine which skips masked weights would do; `step_s` measured, and no shorter for a sparse arm:
+Columns: `loss` held-out, nats a token, at the end; `steps` at the dense arm's compute; `flops` of
+the whole run as its metrics count them, the same for all arms but for rounding; `density` at the
+end; `mean_density` over the steps; `flops_share` of a dense step of the whole model that a machine
+which skips masked weights would do; `step_s` measured, and no shorter for a sparse arm:
 masked weights are multiplied like others. `products` times what could be shorter on this machine,
 `changes` what a change of masks takes, `messages` counts bytes that a replica sends.
 """

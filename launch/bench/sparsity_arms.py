@@ -1,17 +1,22 @@
 """What `gossamer bench sparsity` trains, and what it asks of the losses.
 
 The one idea: an arm is a plan, and all arms get the same compute: as many steps as the dense arm's
-compute pays for at the plan's own densities. So a sparse arm sees more tokens, and the table says
-how many.
+FLOPs pay for at the plan's own densities. So a sparse arm sees more tokens, and the table says how
+many.
 
-Compute is that of the matrices under the plan, as Journey-Matters counts it: a step costs the share
-of their FLOPs that a machine which skips masked weights would do.
+FLOPs are those of the whole model, forward and backward, on a machine that skips masked weights, as
+a run's metrics count them (trainer/sparsity/measure.py); what is under no mask costs what it does.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from functools import cache
 
+from gossamer.comm.names import expert_places
+from gossamer.launch.sparsity_cli import model_shapes
+from gossamer.trainer.config import ModelConfig
 from gossamer.trainer.sparsity.config import (
     DistributionConfig,
     FlowConfig,
@@ -21,11 +26,11 @@ from gossamer.trainer.sparsity.config import (
     SparsityConfig,
 )
 from gossamer.trainer.sparsity.measure import saved_flops
-from gossamer.trainer.sparsity.method import Horizon, Point
+from gossamer.trainer.sparsity.method import Horizon, Point, Shapes
 from gossamer.trainer.sparsity.plan import SparsityPlan
 from gossamer.trainer.sparsity.recipes import RECIPES
 
-MATRIX = {"x_proj.weight": (256, 256)}
+HEADS, TOP_K = 2, 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,14 +51,14 @@ class Sizes:
     hidden: int = 64
     layers: int = 2
     experts: int = 8
-    """2 for a token."""
+    """TOP_K for a token."""
     vocab_size: int = 512
     corpus_chars: int = 3_000_000
     heldout_rows: int = 128
 
 
 QUICK = Sizes(
-    dense_steps=6, seeds=(1,), every_steps=2, rows=2, corpus_chars=200_000, heldout_rows=8
+    dense_steps=20, seeds=(1,), every_steps=2, rows=2, corpus_chars=200_000, heldout_rows=8
 )
 
 QUESTIONS: tuple[tuple[str, str, str], ...] = (
@@ -107,30 +112,74 @@ def _one(rule: RuleConfig) -> SparsityConfig:
     return SparsityConfig(rules=(rule,))
 
 
-def steps_of(plan: SparsityConfig | None, dense_steps: int) -> int:
-    """Steps that cost what `dense_steps` dense ones do, as near as whole changes of masks allow."""
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Of a dense step."""
+
+    shapes: Shapes
+    """Of all tensors of the model."""
+    shares: dict[str, float]
+    """Of the step's FLOPs, those of each matrix of the `*_proj`; experts share the tokens alike."""
+
+
+@cache
+def costs_of(sizes: Sizes) -> Costs:
+    """As trainer/step/flops.py counts: 6 a weight and token, and attention."""
+    shapes = model_shapes(ModelConfig(hf=hf_of(sizes)), sizes.vocab_size)
+    experts = expert_places(shapes)
+    used = {
+        name: math.prod(shape) * (TOP_K / sizes.experts if name in experts else 1.0)
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    }
+    attention = sizes.layers * 2 * sizes.hidden * sizes.seq_len
+    total = sum(used.values()) + attention
+    return Costs(shapes, {n: part / total for n, part in used.items() if "_proj." in n})
+
+
+def hf_of(sizes: Sizes) -> dict[str, int | float | str | bool | None]:
+    """The model."""
+    return {
+        "model_type": "qwen3_moe",
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 1,
+        "head_dim": sizes.hidden // HEADS,
+        "num_experts": sizes.experts,
+        "num_experts_per_tok": TOP_K,
+        "moe_intermediate_size": sizes.hidden,
+        "intermediate_size": 2 * sizes.hidden,
+        "tie_word_embeddings": True,
+    }
+
+
+def steps_of(plan: SparsityConfig | None, sizes: Sizes) -> int:
+    """Steps that cost what the dense ones do, as near as whole changes of masks allow."""
+    dense_steps = sizes.dense_steps
     if plan is None:
         return dense_steps
 
     def off(total: int) -> float:
-        return abs(sum(step_shares(plan, total)) - dense_steps)
+        return abs(sum(step_shares(plan, total, sizes)) - dense_steps)
 
     total = dense_steps
     for _ in range(5):
-        total = round(dense_steps * total / sum(step_shares(plan, total)))
+        total = round(dense_steps * total / sum(step_shares(plan, total, sizes)))
     near = plan.rules[0].schedule.every_steps
     return min(range(max(1, total - near), total + near + 1), key=off)
 
 
-def step_shares(plan: SparsityConfig, total: int) -> list[float]:
-    """Cost of each step, as a share of a dense one's."""
-    method = SparsityPlan(plan)
-    (name,) = method.begin(MATRIX, Horizon(total))
-    shares, density = [], 1.0
+def step_shares(plan: SparsityConfig, total: int, sizes: Sizes) -> list[float]:
+    """FLOPs of each step of an arm's one rule, as a share of a dense one's."""
+    costs, method = costs_of(sizes), SparsityPlan(plan)
+    names = method.begin(costs.shapes, Horizon(total))
+    shares, masked = [], 0.0
     for step in range(total):
         now = method.step(Point(step))
         if now.updates:
-            density = method.target(Point(step))[name]
-        saved = saved_flops(method.flow(name, Point(step)), name in now.scores)
-        shares.append(1.0 - saved / 6.0 * (1.0 - density))
+            target = method.target(Point(step))
+            masked = sum(costs.shares[name] * (1.0 - target[name]) for name in names)
+        saved = saved_flops(method.flow(names[0], Point(step)), bool(now.scores))
+        shares.append(1.0 - saved / 6.0 * masked)
     return shares

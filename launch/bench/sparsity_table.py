@@ -43,17 +43,18 @@ def render_table(path: Path) -> str:
 
 
 def _arms(rows: list[Row]) -> list[str]:
-    head = ("arm", "loss (range)", "steps", "density, mean", "FLOPs a step", "flips a step", "ms")
-    lines = _head(*head)
+    head = ("arm", "loss (range)", "GFLOP", "steps", "of a dense step", "density, mean")
+    lines = _head(*head, "flips a step", "ms")
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
         losses = [row["loss"] for row in own]
         cells = (
             arm,
             f"{mean(losses):.3f} ({max(losses) - min(losses):.3f})",
+            f"{mean(row['flops'] for row in own) / 1e9:.1f}",
             str(own[0]["steps"]),
-            f"{own[0]['density']:.3f}, {own[0]['mean_density']:.3f}",
             f"{100 * own[0]['flops_share']:.0f} %",
+            f"{own[0]['density']:.3f}, {own[0]['mean_density']:.3f}",
             f"{mean(row['flip_rate'] for row in own):.5f}",
             f"{1000 * mean(row['step_s'] for row in own):.0f}",
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gossamer.launch.bench.sparsity_arms import Sizes, arms, steps_of
+from gossamer.launch.bench.sparsity_arms import Sizes, arms, hf_of, steps_of
 from gossamer.trainer.config import CheckpointConfig, ModelConfig, TrainConfig
 from gossamer.trainer.data.config import DataConfig, TokenizerConfig
 from gossamer.trainer.loop import train
@@ -33,20 +33,7 @@ Answer = dict[str, Any]
 def config_of(arm: str, seed: int, sizes: Sizes) -> TrainConfig:
     """The run of an arm."""
     plan = arms(sizes)[arm]
-    steps = steps_of(plan, sizes.dense_steps)
-    hf: dict[str, int | float | str | bool | None] = {
-        "model_type": "qwen3_moe",
-        "hidden_size": sizes.hidden,
-        "num_hidden_layers": sizes.layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": sizes.hidden // 2,
-        "num_experts": sizes.experts,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": sizes.hidden,
-        "intermediate_size": 2 * sizes.hidden,
-        "tie_word_embeddings": True,
-    }
+    steps = steps_of(plan, sizes)
     phase = PhaseConfig(
         name="pretrain",
         kind="next_token",
@@ -57,7 +44,7 @@ def config_of(arm: str, seed: int, sizes: Sizes) -> TrainConfig:
     )
     return TrainConfig(
         phases=(phase,),
-        model=ModelConfig(hf=hf),
+        model=ModelConfig(hf=hf_of(sizes)),
         seed=seed,
         tokenizer=TokenizerConfig(vocab_size=sizes.vocab_size, train_chars=200_000),
         data=DataConfig(
@@ -68,14 +55,15 @@ def config_of(arm: str, seed: int, sizes: Sizes) -> TrainConfig:
         ),
         heldout=HeldoutConfig(every_steps=steps, num_rows=sizes.heldout_rows, permille=100),
         checkpoint=CheckpointConfig(every_steps=steps, keep_last=1),
-        metrics=MetricsConfig(wandb_mode="disabled", peak_flops=1.0),
+        metrics=MetricsConfig(wandb_mode="disabled", peak_flops=1.0),  # so that mfu is FLOP/s
         sparsity=None if plan is None else replace(plan, seed=seed),
     )
 
 
 def train_arm(arm: str, seed: int, sizes: Sizes) -> Answer:
-    """Losses in nats a token; flip_rate and sad are means over mask changes, of the share of mask
-    bits that flip per step, and of bits per change."""
+    """Losses in nats a token; flops of the whole run, without masked weights; flip_rate and sad are
+    means over mask changes, of the share of mask bits that flip per step, and of bits per change.
+    """
     config = config_of(arm, seed, sizes)
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder)
@@ -94,6 +82,7 @@ def train_arm(arm: str, seed: int, sizes: Sizes) -> Answer:
         "density": last.get("mask_density", 1.0),
         "mean_density": last.get("mean_density", 1.0),
         "flops_share": last.get("mean_sparse_share", 1.0),
+        "flops": sum(each.get("sparse_flops", each["mfu"] * each["step_s"]) for each in steps),
         "flip_rate": mean(each["flip_rate"] for each in changes) if changes else 0.0,
         "sad": mean(each["sad"] for each in changes) if changes else 0.0,
         "dead_row_share": changes[-1]["dead_row_share"] if changes else 0.0,

@@ -15,14 +15,19 @@ from gossamer.launch.bench.sparsity_train import config_of
 def test_every_arm_gets_the_dense_arms_compute(name):
     sizes = Sizes()
     plan = arms(sizes)[name]
-    steps = steps_of(plan, sizes.dense_steps)
-    compute = steps if plan is None else sum(step_shares(plan, steps))
+    steps = steps_of(plan, sizes)
+    compute = steps if plan is None else sum(step_shares(plan, steps, sizes))
     assert compute == pytest.approx(sizes.dense_steps, rel=0.02)
     assert config_of(name, 2, sizes).phases[0].max_steps == steps
 
 
-def test_a_static_mask_of_a_fifth_trains_five_times_as_long():
-    assert steps_of(arms(Sizes())["static_erk"], 100) == 500
+def test_what_is_under_no_mask_costs_what_it_does():
+    """Of 64 wide, 2 layers, 2 of 8 experts: 4 attention matrices and 3 of an expert are masked;
+    embedding, router and attention over 64 places are not."""
+    masked = 2 * (64 * (64 + 32 + 32 + 64) + 2 * 3 * 64 * 64)
+    rest = 512 * 64 + 2 * 8 * 64 + 2 * 2 * 64 * 64
+    dense_step = 1.0 - 0.8 * masked / (masked + rest)
+    assert steps_of(arms(Sizes())["static_uniform"], Sizes()) == round(100 / dense_step) == 191
 
 
 def test_questions_are_about_arms():
@@ -60,7 +65,7 @@ def result(quick: bool = True) -> dict:
     rows = rows_of(static_erk=(1.0, 1.1), static_uniform=(2.0, 2.1))
     for row in rows:
         row |= {"steps": 30, "density": 0.2, "mean_density": 0.2, "flops_share": 0.4}
-        row |= {"flip_rate": 0.001, "step_s": 0.01}
+        row |= {"flip_rate": 0.001, "step_s": 0.01, "flops": 1.24e9}
     return {
         "command": "gossamer bench sparsity",
         "machine": "this",
@@ -82,7 +87,7 @@ def test_the_table_says_what_the_json_says(tmp_path):
     path = tmp_path / "sparsity.json"
     path.write_text(json.dumps(result()))
     text = sparsity_table.render_table(path)
-    assert "| static_erk | 1.050 (0.100) | 30 | 0.200, 0.200 | 40 % | 0.00100 | 10 |" in text
+    assert "| static_erk | 1.050 (0.100) | 1.2 | 30 | 40 % | 0.200, 0.200 | 0.00100 | 10 |" in text
     assert "| Is ERK better than uniform? | -1.000 | -1.000, -1.000 | 30, 30 | yes |" in text
     assert "| 0.02 |" in text and "| rigl |" in text
     assert "| none | 2.0, 3.0 |" in text and "| rigl, 10 % | 2.5, 0.3 |" in text
@@ -105,6 +110,9 @@ def test_the_quick_benchmark_runs_and_goes_on_where_it_was(tmp_path, capsys):
     found = json.loads(path.read_text())
     assert {(row["arm"], row["seed"]) for row in found["rows"]} == {*product(arms(QUICK), [1])}
     assert {each["verdict"] for each in found["verdicts"]} == {"not above the noise"}
+    (dense,) = (row["flops"] for row in found["rows"] if row["arm"] == "dense")
+    for row in found["rows"]:  # what is pruned at large is not of all alike
+        assert row["flops"] == pytest.approx(dense, rel=0.1), row["arm"]
     sent = {row["rule"]: row["bytes"] for row in found["messages"]}
     assert sent["sparseloco"][-1] < sent["diloco"][-1] / 10  # chosen among a tenth, no gradients
     dropped = found["rows"].pop()
