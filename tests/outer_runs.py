@@ -129,7 +129,8 @@ def _arm(session: Any, fault: Fault) -> None:  # noqa: ANN401
     store.put, exchange.settle, session.update = faulty_put, faulty_settle, faulty_update
     outer._rows = faulty_rows
     if fault.patient_until:
-        exchange._config = PatientUntil(exchange._config, fault.patient_until)
+        inner = exchange._exchange
+        inner._config = PatientUntil(inner._config, fault.patient_until)
 
 
 def _rollouts(config: Any, run_dir: Path) -> Any:  # noqa: ANN401
