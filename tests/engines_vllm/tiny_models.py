@@ -22,7 +22,7 @@ SHAPE = {
     "head_dim": 32,
     "vocab_size": 256,
     "initializer_range": 0.2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 4096,
     "tie_word_embeddings": False,
 }
 # experts first: an engine without any leaves its process without groups for those that have some;

@@ -6,9 +6,12 @@ started by the module that the command runs.
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
+import urllib.request
 
 from vllm_here import SETTINGS
 
@@ -39,7 +42,7 @@ def start_server(folder, port, *flags):
         "served-model-name": "tiny",
         "host": "127.0.0.1",
         "port": port,
-        "max-model-len": 512,
+        "max-model-len": 4096,
         "kv-cache-memory-bytes": 1 << 26,
         "weight-transfer-config": json.dumps({"backend": "gossamer"}),
     }
@@ -48,3 +51,22 @@ def start_server(folder, port, *flags):
     environment = {**os.environ, **SETTINGS, "VLLM_SERVER_DEV_MODE": "1"}
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     return subprocess.Popen([*command, "--enforce-eager", *flags], env=environment)
+
+
+def stop(server):
+    """Ends the process, and those that it started."""
+    server.terminate()
+    try:
+        server.wait(timeout=120)
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_until_it_runs(url):
+    """A request does, in the server."""
+    running = re.compile(rb"^vllm:num_requests_running\{.*\} [1-9]", re.MULTILINE)
+    deadline_s = time.monotonic() + 120
+    while not running.search(urllib.request.urlopen(f"{url}/metrics").read()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
