@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -63,9 +64,8 @@ def test_killed_torn_and_resumed_it_is_the_run_that_was_never_killed(tmp_path):
     told = run_world(learn, 2, str(whole), None, 1, None)
     assert told[0] == told[1] == {"told": list(range(1, LAST_STEP + 1))}
 
-    server = S3Server()
-    server.put("bucket")
-    with s3_environment(server.port):
+    with closing(S3Server()) as server, s3_environment(server.port):
+        server.put("bucket")
         root = "s3://bucket/run"
         for attempt, kill_at_step in ((1, 4), (2, 6)):
             with pytest.raises(AssertionError, match="exit code -9"):
@@ -80,7 +80,6 @@ def test_killed_torn_and_resumed_it_is_the_run_that_was_never_killed(tmp_path):
             for kind in ("master", "exp_avg", "exp_avg_sq"):
                 one, other = (end.rows(name, 0, shape[0], kind) for end in ends)
                 assert torch.equal(one, other), (kind, name)
-    server.close()
 
     torn = events(killed, "checkpoint_torn")
     assert any(e["checkpoint"] == found[-1] and "does not have the" in e["reason"] for e in torn)
