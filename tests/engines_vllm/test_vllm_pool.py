@@ -94,7 +94,8 @@ def test_a_server_samples_for_a_pool(trained, served, tmp_path):
             break
     assert len(versions) > 1 and versions == sorted(set(versions))
     head = trained.log.head()
-    wait_until(lambda: VLLMServer(served.url, eos_id=EOS).version() == head)
+    server = VLLMServer(served.url, eos_id=EOS, run_id=trained.log.run_id)
+    wait_until(lambda: server.version() == head)
     proof[served.name] = trained.log.manifest(head).state_hash
     assert pool.audit(head) == proof
 
