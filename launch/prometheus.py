@@ -32,7 +32,7 @@ METRICS = {
     "reward_mean": "of the last batch of samples",
     "tokens_total": "tokens trained on, steps done again included",
     "step_seconds_total": "time of all steps",
-    "wait_seconds_total": "of that, waiting for a batch",
+    "wait_seconds_total": "of that, waiting for a batch and scoring it",
     "version": "of the published weights",
     "wire_bytes_total": "of the published versions, as written to the log",
     "full_bytes_total": "the same versions as full copies",
