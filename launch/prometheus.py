@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hmac
+import re
 import threading
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -56,8 +57,13 @@ OF_AN_ENGINE = ("engine_up", "engine_version", "engine_audit_equal")
 GONE = frozenset({"dead", "lost", "left", "drained"})
 BEGINS = frozenset({"waits", "start", "replaced", "reseeded"})
 """What is said first of an engine, or of one of the same name as one that is gone."""
-DRAINS = {"bits": "its live weights hash to", "behind": "versions behind", "other": ""}
-"""Why an engine is drained, and what the told reason holds."""
+DRAINS = {
+    "bits": r"live weights hash to|live tensors that are not those of version \d+: (?!none$)",
+    "behind": r"\d+ versions behind",
+    "other": "",
+}
+"""Why an engine is drained, and what is found in the told reason: an audit's, or that of a version
+which did not apply; the latter's of `comm/live.py`."""
 
 
 class Numbers:
@@ -127,7 +133,7 @@ class Numbers:
                 self._add("engine_deaths_total", 1)
             case "drained":
                 told = str(event.get("reason"))
-                cause = next(cause for cause, words in DRAINS.items() if words in told)
+                cause = next(cause for cause, words in DRAINS.items() if re.search(words, told))
                 self._add("engine_drains_total", 1, reason=cause)
 
     def text(self, run: str) -> str:

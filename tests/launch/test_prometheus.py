@@ -12,6 +12,12 @@ from gossamer.launch.summary import of_kind, read_events, summarise
 from prometheus_client.parser import text_string_to_metric_families
 from synthetic_run import write_run
 
+NOT_APPLIED = (
+    "ApplyError: part 1 of version 47 decodes to other values than its writer hashed; live tensors"
+    " that are not those of version 46"
+)
+"""As tests/comm/test_log_faults.py has it."""
+
 
 @pytest.fixture
 def server(tmp_path, monkeypatch, request):
@@ -108,8 +114,10 @@ def test_a_failed_audit_while_the_run_goes_is_counted():
         ("engine-0", "drained", None, actor._fault),
         ("engine-1", "drained", None, "5 versions behind, rollout.max_behind is 4"),
         ("engine-2", "drained", None, "LogError: frame 3 is damaged"),
+        ("engine-3", "drained", None, f"{NOT_APPLIED}: lm_head.weight"),
+        ("engine-4", "drained", None, f"{NOT_APPLIED}: none"),
     )
-    assert [found["engine_drains_total", c] for c in ("bits", "behind", "other")] == [1, 1, 1]
+    assert [found["engine_drains_total", c] for c in ("bits", "behind", "other")] == [2, 1, 2]
 
 
 @pytest.mark.parametrize("server", [{TOKEN_VARIABLE: "s3cret"}], indirect=True)
