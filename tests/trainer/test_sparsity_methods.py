@@ -284,6 +284,15 @@ def test_a_target_holds_where_masks_do():
     assert found == pytest.approx([1 - 0.9 * 2 / 7] + [1 - 0.9 * 3 / 7] * 4)
 
 
+def test_masks_of_an_end_have_their_gradients_too():
+    """Changes at 10, 20, ... 90, and the last at 95."""
+    config = rule("ast", end={"at": 0.95})
+    plan = SparsityPlan(replace(config, rules=(replace(config.rules[0], criterion="saliency"),)))
+    names = plan.begin(EXPERTS, Horizon(100))
+    scored = [step for step in range(100) if plan.step(Point(step)).scores == frozenset(names)]
+    assert scored == [*range(9, 90, 10), 94]
+
+
 def test_spdf_ends_dense_with_a_warm_learning_rate():
     config = rule("spdf_variable", end={"at": 0.5, "rewarm": 0.04})
     plan = SparsityPlan(config)

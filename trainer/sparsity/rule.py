@@ -85,6 +85,8 @@ class Rule:
         if not any(c in GRADIENT_CRITERIA or c not in CRITERIA for c in used):
             return False
         event = (point.step // every + 1) * every
+        if self.config.end.kind == "prune" and point.step < self.end_step:
+            event = min(event, self.end_step)
         return event - point.step <= regrow.window_steps and self.is_due(
             Point(event, point.tokens * event // max(point.step, 1))
         )
