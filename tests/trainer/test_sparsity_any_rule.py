@@ -39,6 +39,15 @@ def rules(draw) -> RuleConfig:
         st.sampled_from(
             [
                 ScheduleConfig(density=density, every_steps=5),
+                ScheduleConfig(kind="one_shot", density=density, start=start, every_steps=5),
+                ScheduleConfig(
+                    kind="levels",
+                    density=density,
+                    levels=(0.95, density),
+                    start=start,
+                    stop=0.85,
+                    every_steps=5,
+                ),
                 ScheduleConfig(
                     kind=falls, density=density, unit=unit, start=start, stop=0.85, every_steps=5
                 ),
@@ -55,7 +64,8 @@ def rules(draw) -> RuleConfig:
     )
     first = draw(st.sampled_from([None, DistributionConfig(kind="erk"), DistributionConfig()]))
     ceiling = 1.0 if first else draw(st.sampled_from([1.0, 0.9]))
-    masked = draw(st.booleans())
+    flow = draw(st.sampled_from(["masked", "masked", "masked", "ste", "soft", "dense"]))
+    masked = flow == "masked"
     return RuleConfig(
         distribution=DistributionConfig(
             kind=draw(st.sampled_from(KINDS)), floor=0.05, ceiling=ceiling
@@ -73,7 +83,7 @@ def rules(draw) -> RuleConfig:
         )
         if draw(st.booleans())
         else PatternConfig(),
-        flow=FlowConfig(kind="masked" if masked else "ste"),
+        flow=FlowConfig(kind=flow),
         end=EndConfig(
             kind=draw(st.sampled_from(["densify", "freeze"])), at=draw(st.sampled_from([0.5, 0.9]))
         ),

@@ -100,6 +100,12 @@ from gossamer.trainer.sparsity.recipes import RECIPES
             "regrow.window_steps is 20; expected at most schedule.every_steps=5",
         ),
         (
+            lambda: RuleConfig(
+                schedule=ScheduleConfig(kind="levels", density=0.8, levels=(1.0, 0.5, 0.8))
+            ),
+            "schedule.levels is (1.0, 0.5, 0.8) with flow.kind masked; expected none above",
+        ),
+        (
             lambda: RuleConfig(schedule=ScheduleConfig(density=0.3, start=0.2)),
             "schedule.start is 0.2 with kind static; expected 0, or kind one_shot",
         ),

@@ -61,6 +61,13 @@ def _of_density(rule: RuleConfig) -> Iterator[tuple[bool, str]]:
         f"distribution.ceiling is {dealt.ceiling} with an initial.distribution; expected 1, for the"
         " first mask may lie above it",
     )
+    levels = schedule.levels
+    rises = any(a < b < 1.0 for a, b in zip(levels, levels[1:], strict=False))
+    yield (
+        rule.flow.kind != "masked" or not rises,
+        f"schedule.levels is {levels} with flow.kind masked; expected none above the one before it,"
+        " but 1, for masked weights come back all together or not at all",
+    )
     yield (
         schedule.start == 0.0
         or schedule.kind != "static"
