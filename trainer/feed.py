@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -74,13 +75,13 @@ class Feed:
             drawn = next(self._batches[phase.kind]) if phase.kind in self._batches else None
             return _broadcast(drawn, TokenBatch), None
         rollouts = self.rollouts
-        found = of_first_rank(rollouts and (lambda: rollouts.collect(phase_step)))
+        found = of_first_rank(partial(rollouts.collect, phase_step) if rollouts else None)
         batch, statistics = found or (None, None)
         return _broadcast(batch, PolicyBatch), statistics
 
     def heldout_exact_match(self) -> tuple[float, int] | None:
         """See RolloutBatches; on rank 0 alone. A collective call."""
-        return of_first_rank(self.rollouts and self.rollouts.heldout_exact_match)
+        return of_first_rank(self.rollouts.heldout_exact_match if self.rollouts else None)
 
     def heldout(self, kind: str) -> TokenBatch:
         """The rows of config.heldout for phases of `kind`: the same ones on every call and rank.
