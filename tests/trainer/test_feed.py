@@ -115,7 +115,7 @@ def documents_of(batch: torch.Tensor) -> list[list[int]]:
 
 
 def wait_longer_than_gloo(store: str) -> dict:
-    """What each rank got of a call that takes three times the group's timeout."""
+    """What each rank got of a call that takes twice the group's timeout."""
     dist.destroy_process_group()
     rank, patience = int(os.environ["RANK"]), timedelta(seconds=1)
     dist.init_process_group(
@@ -123,7 +123,7 @@ def wait_longer_than_gloo(store: str) -> dict:
     )
 
     def slow() -> str:
-        time.sleep(3)
+        time.sleep(2)
         return "it came"
 
     with mock.patch.object(feed_module, "MEET_S", 0.3):
