@@ -123,7 +123,7 @@ def wait_longer_than_gloo(store: str) -> dict:
     )
 
     def slow() -> str:
-        time.sleep(2)
+        time.sleep(2.5)
         return "it came"
 
     with mock.patch.object(feed_module, "MEET_S", 0.3):
