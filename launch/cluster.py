@@ -30,8 +30,8 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
 }
 """Environment of every process of a run, where its owner does not say otherwise."""
-LOOPBACK = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-"""By this Ray takes 127.0.0.1 for a machine's address, as it does by default on Windows and macOS:
+ADDRESS_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""With 0 Ray takes 127.0.0.1 for a machine's address, as it does by default on Windows and macOS:
 no other machine reaches a local cluster."""
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it for what it runs as a job."""
@@ -44,8 +44,9 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
         os.environ.setdefault(name, value)
     # the driver of a Ray job joins the cluster that runs it
     address = config.cluster.address or ("auto" if JOB_VARIABLE in os.environ else None)
-    if not address:
-        os.environ.setdefault(*LOOPBACK)
+    is_loopback = not address and ADDRESS_VARIABLE not in os.environ
+    if is_loopback:
+        os.environ[ADDRESS_VARIABLE] = "0"
     import ray
 
     # workers of a cluster that is there inherit nothing of this process
@@ -69,6 +70,8 @@ def connect(config: RunConfig, run_dir: Path) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if is_loopback:
+            del os.environ[ADDRESS_VARIABLE]
 
 
 def _cpus_wanted(config: RunConfig, run_dir: Path) -> int:
