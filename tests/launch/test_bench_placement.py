@@ -49,9 +49,11 @@ def test_rows_of_every_method_make_a_table(tmp_path, monkeypatch, capsys):
         topology=NODES,
         window=2,
         minimised=(("balance", "two_level"), ("bytes", "summed"), ("bytes", "resident")),
-        time_limit_s=0.3,
+        time_limit_s=0.8,
         slack=0.3,
     )
+    # what a first search compiles, or loads, is none of its limit
+    measure(replace(case, methods=("local",), time_limit_s=60.0))
     monkeypatch.setattr(placement, "_cases", lambda folder, quick: [case])
     out = tmp_path / "out.json"
     assert main(["bench", "placement", "--quick", "--json", str(out)]) == 0

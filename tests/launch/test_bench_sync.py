@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-from time import perf_counter
 
 import numpy as np
 import pytest
@@ -184,10 +184,13 @@ def test_rows_add_up_and_make_a_table(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_quick_takes_less_than_a_minute(tmp_path):
+    """Of a quiet machine: on a busy one its CPU seconds are the same, within limits."""
     out = tmp_path / "out.json"
     words = [sys.executable, "-m", "gossamer.launch.cli", "bench", "sync", "--quick"]
-    started_s = perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*words, "--json", str(out)], check=True)
-    assert perf_counter() - started_s < 60
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    computed_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert computed_s < 50  # links hold it up for some five seconds more
     traces = {row["trace"] for row in json.loads(out.read_text())["rows"]}
     assert {"own-quick-lr-1e-06", "hf-quick-lr-1e-06", "fresh"} <= traces

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from gossamer.comm.store import open_store
 from gossamer.launch import thin_link
-from gossamer.launch.testbed import TestbedError
+from gossamer.launch.testbed import TestbedError, unusable
 from gossamer.launch.thin_link import thin_links
 
 DATA = bytes(1_000_000)  # 80 ms at 100 Mbit/s
@@ -59,6 +59,8 @@ def test_a_link_serves_many_connections_at_once_at_one_rate(tmp_path, monkeypatc
 
 @pytest.mark.testbed
 def test_with_root_the_kernel_keeps_the_rate(tmp_path):
+    if reason := unusable():
+        pytest.skip(reason)
     assert check_rate(tmp_path, 100) == "the kernel, in network namespaces"
 
 

@@ -51,6 +51,11 @@ def namespaces() -> set[str]:
     return {line.split()[0] for line in listed.stdout.splitlines() if line}
 
 
+def own_namespaces() -> set[str]:
+    """Others may make some at the same time."""
+    return {each for each in namespaces() if each.startswith(f"gossamer-{os.getpid()}-")}
+
+
 @contextmanager
 def killed_owner():
     """(names, pid of a process inside) of a network whose owner was killed."""
@@ -64,15 +69,20 @@ def killed_owner():
 def test_a_100_mbit_link_carries_90_to_100_mbit():
     size = 4_000_000
     with open_wire(100) as send:
-        # a busy machine can only be slower
-        best_s = min(send(bytes(size)) for _ in range(3))
-    assert 90 <= size * 8e-6 / best_s <= 100
+        for _ in range(20):  # a busy machine can only be slower
+            mbit = size * 8e-6 / send(bytes(size))
+            assert mbit <= 100
+            if mbit >= 90:
+                break
+    assert mbit >= 90
 
 
 def test_an_unshaped_link_is_much_faster_and_a_rate_can_change():
     size = 2_000_000
+    enough_s = size * 8e-6 / 500
     with open_wire(1000) as send:
-        fast_s = min(send(bytes(size)) for _ in range(3))
+        # a busy machine can only be slower
+        assert any(send(bytes(size)) < enough_s for _ in range(20))
     with testbed.hosts(1, mbit=1000) as (host,):
         for mbit, shown in ((50, "rate 50Mbit"), (None, "noqueue")):
             host.set_rate(mbit)
@@ -80,7 +90,6 @@ def test_an_unshaped_link_is_much_faster_and_a_rate_can_change():
                 words = ["tc", "-n", namespace, "qdisc", "show", "dev", device]
                 text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
                 assert shown in text
-    assert fast_s < size * 8e-6 / 500
 
 
 def test_a_cut_link_carries_nothing_until_it_is_restored():
@@ -112,13 +121,13 @@ def test_a_cut_link_carries_nothing_until_it_is_restored():
 
 
 def test_nothing_is_left_after_use():
-    before = namespaces()
+    before = own_namespaces()
     with testbed.hosts(3, mbit=10) as made:
         process = made[0].popen(["sleep", "600"])
         assert len({host.address for host in made}) == 3
-        assert len(namespaces() - before) == 4
-    assert process.wait(5) == -signal.SIGKILL
-    assert namespaces() == before
+        assert len(own_namespaces() - before) == 4
+    assert process.wait(60) == -signal.SIGKILL
+    assert own_namespaces() == before
 
 
 def test_the_next_use_sweeps_what_a_killed_owner_left():

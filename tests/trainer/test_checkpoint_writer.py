@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -148,7 +149,7 @@ def test_it_writes_what_was_there_when_it_was_begun(tmp_path):
 def test_one_that_is_given_up_ends_without_a_commit(root):
     write = start(root, rank=0, world_size=2)
     write.abandon()
-    write.join(5)
+    write.join(60)
     assert not write.is_alive() and isinstance(write.error, Abandoned)
     assert list_checkpoints(root) == [] and len(list_unfinished(root)) == 1
 
@@ -208,6 +209,7 @@ def kill_often(root: str, kills: int) -> None:
     """Forks two ranks that write, kills them at random moments, apart from each other."""
     torch.set_num_threads(1)
     moments = random.Random(7)
+    os.setpgrp()  # so that it can be ended with its ranks
     for number in range(kills):
         ranks = []
         for rank in (0, 1):
@@ -229,8 +231,12 @@ def killed_and_looked_at(root: Path, kills: int) -> list[str]:
     """What was found after each kill: that is whole, and what a next attempt leaves."""
     process = mp.get_context("spawn").Process(target=kill_often, args=(str(root), kills))
     process.start()
-    process.join(250)
-    assert process.exitcode == 0
+    try:
+        process.join(600)
+        assert process.exitcode == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     states = []
     for number in range(kills):
         place = str(root / str(number))

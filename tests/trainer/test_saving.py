@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -66,15 +67,13 @@ def ranks(place) -> list[dict]:
     for how in ("True", "False"):
         (place / how).mkdir()
     tear_each(place / "torn")
-    server = S3Server()
-    server.put("bucket")
-    with s3_environment(server.port):
+    with closing(S3Server()) as server, s3_environment(server.port):
+        server.put("bucket")
         found = run_world(go_through_everything, 2, str(place), server._process.pid)
         urls = list_checkpoints("s3://bucket/run")
         assert [url[-14:] for url in urls] == ["00000001-e0001", "00000006-e0001"]
         for url in urls:
             assert_whole(url)
-    server.close()
     return found
 
 
@@ -95,8 +94,8 @@ def save_beside_steps(root: str, folder: str, server: int) -> dict:
         step(saver, engine, progress)
     seen["events_while_held"], seen["step"] = len(events), progress.step
     time.sleep(0.5)
-    dist.barrier()
     seen["held_s"] = time.perf_counter() - start_s
+    dist.barrier()  # nothing is written before both have looked
     if dist.get_rank() == 0:
         os.kill(server, signal.SIGCONT)
     saver.save(progress, None, 8)  # one in flight at most: waits for the first
