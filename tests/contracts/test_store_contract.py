@@ -40,7 +40,8 @@ def s3_server():
 def ray_cluster():
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    # without an address it is whatever cluster RAY_ADDRESS or this machine has
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

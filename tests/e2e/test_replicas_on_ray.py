@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from gossamer.comm.outer.record import record_name, unpack_record
@@ -39,20 +40,42 @@ def write_recipe(folder):
     return path
 
 
-def gossamer(printed, *words):
-    command = [sys.executable, "-m", "gossamer.launch.cli", *map(str, words)]
-    with printed.open("a") as file:
-        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+@pytest.fixture
+def gossamer():
+    """A function that starts one, which does not outlive the test."""
+    started = []
+
+    def start(printed, *words):
+        command = [sys.executable, "-m", "gossamer.launch.cli", *map(str, words)]
+        with printed.open("a") as file:
+            started.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()  # nothing happens to one that is over
+        process.wait()
 
 
-def until(what, process, printed, timeout_s=240):
+def until(what, process, printed, timeout_s=300):
     """What `what()` returns, once it is something."""
     deadline_s = time.monotonic() + timeout_s
     while not (found := what()):
-        assert process.poll() is None, printed.read_text()
+        assert process is None or process.poll() is None, printed.read_text()
         assert time.monotonic() < deadline_s, printed.read_text()
         time.sleep(0.05)
     return found
+
+
+def pid_in(path, process, printed):
+    return until(lambda: path.exists() and path.read_text(), process, printed)
+
+
+def is_running(pid):
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # of a zombie there is none
+    except OSError:
+        return False
 
 
 def records_of(store):
@@ -65,28 +88,33 @@ def records_of(store):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_kills_a_joiner_and_a_resume_leave_replicas_that_are_bit_equal(tmp_path):
+@pytest.mark.timeout(1800)
+def test_kills_a_joiner_and_a_resume_leave_replicas_that_are_bit_equal(tmp_path, gossamer):
     run_dir, printed, joined = tmp_path / "run", tmp_path / "printed", tmp_path / "joined"
     first = gossamer(printed, "train", write_recipe(tmp_path), "--run-dir", run_dir)
     until((run_dir / "rounds/members/00001.json").exists, first, printed)
-    url = re.search(r"gossamer join (http://\S+)", printed.read_text())[1]
+    told = until(
+        lambda: re.search(r"gossamer join (http://\S+)", printed.read_text()), first, printed
+    )
+    url = told[1]
     third = gossamer(tmp_path / "third", "join", url, "--run-dir", joined)
     store = open_store(run_dir / "rounds")
 
     until(lambda: len(records_of(store)) > 2, first, printed)
-    os.kill(int((run_dir / "replica-1/pids/rank-0").read_text()), signal.SIGKILL)
+    os.kill(int(pid_in(run_dir / "replica-1/pids/rank-0", first, printed)), signal.SIGKILL)
     until(lambda: {e.incarnation for e in records_of(store)[-1].counted} > {1}, first, printed)
+    left = {path.read_text() for path in run_dir.glob("replica-*/pids/*")}
     first.kill()
     first.wait()
 
     # its links are gone with it: the joiner waits, and goes on by the folder itself
     third.send_signal(signal.SIGINT)
-    third.wait(60)
+    third.wait(300)
+    until(lambda: not any(is_running(pid) for pid in left), None, printed)
     again = gossamer(printed, "resume", run_dir)
     third = gossamer(tmp_path / "third", "resume", joined, f"train.outer.url={run_dir / 'rounds'}")
     assert again.wait(400) == 0, printed.read_text()
-    assert third.wait(60) == 0, (tmp_path / "third").read_text()
+    assert third.wait(300) == 0, (tmp_path / "third").read_text()
 
     records = records_of(store)
     assert len(records) == STEPS // INNER_STEPS

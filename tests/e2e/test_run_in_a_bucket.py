@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+PATIENCE_S = 300
 RUN = "s3://bucket/runs/tiny"
 SECRET = "the-key-of-the-bucket"
 
@@ -99,13 +100,13 @@ class Command:
         )
 
     def printed(self, code: int = 0) -> str:
-        said, _ = self.process.communicate(timeout=280)
+        said, _ = self.process.communicate(timeout=PATIENCE_S)
         assert self.process.returncode == code, said
         return said
 
 
 def wait_for(run_dir: Path, command: Command, kind: str, **fields: object) -> list[Event]:
-    deadline_s = time.monotonic() + 180
+    deadline_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline_s:
         assert command.process.poll() is None, command.process.communicate()[0]
         if has_events(run_dir) and of_kind(found := read_events(run_dir), kind, **fields):

@@ -17,6 +17,17 @@ from tiny_run import SETTINGS, events
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TESTS = Path(__file__).parent.parent
+PATIENCE_S = 300
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_on():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()  # nothing happens to one that is over
+        process.wait()
 
 
 def write_recipe(folder: Path, **changes: object) -> Path:
@@ -28,24 +39,23 @@ def write_recipe(folder: Path, **changes: object) -> Path:
 def gossamer(*words: object) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(TESTS)}  # workers import tiny_run's reward
     command = [sys.executable, "-m", "gossamer.launch.cli", *map(str, words)]
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    STARTED.append(
+        subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
     )
+    return STARTED[-1]
 
 
 def finish(process: subprocess.Popen, expected_code: int) -> str:
-    try:
-        printed, _ = process.communicate(timeout=280)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+    printed, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == expected_code, printed
     return printed
 
 
 def wait_for(run_dir: Path, process: subprocess.Popen, event: str, **fields: object) -> None:
     """Until the run has written such an event."""
-    deadline_s = time.monotonic() + 120
+    deadline_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline_s:
         assert process.poll() is None, process.communicate()[0]
         if (run_dir / "metrics.jsonl").exists():
@@ -100,7 +110,10 @@ def test_a_run_on_text_alone_needs_no_engines(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # three runs, beside another file of slow tests
 def test_killed_engine_rank_and_driver_leave_the_run_that_was_never_killed(tmp_path):
-    recipe, whole, killed = write_recipe(tmp_path), tmp_path / "whole", tmp_path / "killed"
+    warm, rl = SETTINGS["phases"]
+    # it must not be over before it is killed
+    recipe = write_recipe(tmp_path, phases=[warm, {**rl, "max_steps": 30}])
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(gossamer("rl", recipe, "--run-dir", whole), 0)
 
     first = gossamer("rl", recipe, "--run-dir", killed)
@@ -110,7 +123,10 @@ def test_killed_engine_rank_and_driver_leave_the_run_that_was_never_killed(tmp_p
     wait_for(killed, first, "train_step", step=9)
     kill(killed, "rank-1")
     wait_for(killed, first, "run_start", attempt=2)  # by itself
-    wait_for(killed, first, "train_step", step=10)
+    log = WeightLog.open(killed / "log")
+    while log.manifest(log.head()).writer_epoch < 2:
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
     first.kill()
     first.wait()
 

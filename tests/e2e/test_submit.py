@@ -13,6 +13,7 @@ import pytest
 from tiny_run import SETTINGS, events
 
 TESTS = Path(__file__).parent.parent
+PATIENCE_S = 300
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def cluster(tmp_path_factory):
             stderr=log,
             start_new_session=True,
         )
-        deadline_s = time.monotonic() + 120
+        deadline_s = time.monotonic() + PATIENCE_S
         try:
             while (said := gossamer(f"http://127.0.0.1:{port}", "status")).returncode:
                 assert head.poll() is None and time.monotonic() < deadline_s, said.stderr
@@ -68,7 +69,7 @@ def test_a_run_is_sent_watched_stopped_found_and_resumed(cluster, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline_s = time.monotonic() + 150
+    deadline_s = time.monotonic() + PATIENCE_S
     while not (run_dir / "metrics.jsonl").exists() or len(events(run_dir, "checkpoint")) < 5:
         assert time.monotonic() < deadline_s, gossamer(cluster, "status", "tiny").stdout
         time.sleep(0.5)
@@ -81,7 +82,7 @@ def test_a_run_is_sent_watched_stopped_found_and_resumed(cluster, tmp_path):
         )
         assert "py_modules_files" in found.partition(str(TESTS))[0], found
     watched.send_signal(2)  # Ctrl-C: it detaches, and the run goes on
-    printed, said = watched.communicate(timeout=30)
+    printed, said = watched.communicate(timeout=PATIENCE_S)
     assert (watched.returncode, "warm_start" in printed) == (0, True), (printed, said)
     assert "detached; it goes on" in said
     assert "RUNNING" in gossamer(cluster, "status").stdout
