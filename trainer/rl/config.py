@@ -76,7 +76,7 @@ class RLConfig:
     reward_workers: int = 1
     """Completions that are judged at a time, in threads: for rewards that wait."""
     drop_unscored: bool = False
-    """Leave out a prompt whose reward raised RewardError; False ends the run."""
+    """Leave out a prompt whose reward raised, or gave no finite number; False ends the run."""
     baseline: str = "group_mean"
     """What a reward is compared with: group_mean (GRPO), or leave_one_out, the mean of the group's
     other samples (RLOO)."""
