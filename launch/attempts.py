@@ -189,5 +189,9 @@ def _engine_model(config: RunConfig, run_dir: Path) -> dict[str, Any]:
 
     tokenizer = load_run_tokenizer(run_dir)
     hf = hf_config(config.train.model, tokenizer.hf_fields())
-    # a foreign config may name several tokens that end, or none that pads
-    return hf.to_dict() | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id or 0}
+    # a foreign config may name several tokens that end, or none that pads, or any dtype
+    return hf.to_dict() | {
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id or 0,
+        "dtype": config.train.log.publish_dtype,
+    }

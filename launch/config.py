@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 from urllib.parse import urlsplit
 
 from gossamer.trainer.config import TrainConfig
@@ -34,6 +35,7 @@ class PoolConfig:
     name: str
     """Begins the names of its engines; `gossamer engines RUN_DIR NAME=N` grows and shrinks it."""
     engine: str | None = None
+    engine_options: Mapping[str, Any] | None = None
     engines: int | None = None
     """With `urls` None is 0."""
     num_cpus: float | None = None
@@ -69,6 +71,8 @@ class RolloutConfig:
 
     engine: str = "hf"
     """A name in comm/rollout.py."""
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
+    """What the engine is told besides; vllm: vLLM's engine arguments, as tensor_parallel_size."""
     engines: int = 2
     """How many engines sample in parallel; each is one Ray actor."""
     num_cpus: float = 1.0
@@ -126,6 +130,12 @@ class RolloutConfig:
             raise ValueError(f"rollout.pools are called {names}; expected each name once")
         if not any(pool.engines or pool.urls for pool in self.all_pools):
             raise ValueError("rollout.pools hold no engine; expected at least one")
+        for pool in self.all_pools:
+            if pool.engine == "hf" and pool.engine_options:
+                raise ValueError(
+                    f"engine_options of pool {pool.name} are {dict(pool.engine_options)}; expected"
+                    " none, for engine hf has none"
+                )
         if self.on_new_version not in ON_NEW_VERSION:
             raise ValueError(
                 f"rollout.on_new_version is {self.on_new_version}; expected one of {ON_NEW_VERSION}"
@@ -144,9 +154,12 @@ class RolloutConfig:
 
     def _filled(self, pool: PoolConfig) -> PoolConfig:
         engines = 0 if pool.urls and pool.engines is None else pool.engines
+        engine = self.engine if pool.engine is None else pool.engine
+        options = self.engine_options if pool.engine_options is None else pool.engine_options
         return replace(
             pool,
-            engine=self.engine if pool.engine is None else pool.engine,
+            engine=engine,
+            engine_options=options,
             engines=self.engines if engines is None else engines,
             num_cpus=self.num_cpus if pool.num_cpus is None else pool.num_cpus,
             num_gpus=self.num_gpus if pool.num_gpus is None else pool.num_gpus,

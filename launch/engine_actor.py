@@ -64,7 +64,8 @@ class EngineActor:
         self._unaudited = 0
         build = resolve(rollout.engine, ROLLOUT_ENGINES, "rollout.engine")
         ids = {"pad_id": model["pad_token_id"], "eos_id": model["eos_token_id"]}
-        self._engine = build(model, self._log, **ids)
+        options = {"options": dict(rollout.engine_options)} if rollout.engine_options else {}
+        self._engine = build(model, self._log, **ids, **options)
         self._moving, self._sampling = threading.Lock(), threading.Lock()
         self._is_wanted, self._is_over = threading.Event(), threading.Event()
         self._is_over.set()

@@ -47,9 +47,9 @@ class ActorRoom:
     def __init__(self, pool: PoolConfig, run_dir: str, rollout: RolloutConfig, model: dict) -> None:
         assert pool.engine is not None  # all_pools fills it
         self._unit_timeout_s = rollout.unit_timeout_s
-        arguments = run_dir, replace(rollout, engine=pool.engine, pools=()), model
+        own = {"engine": pool.engine, "engine_options": pool.engine_options, "pools": ()}
         self._resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
-        self._arguments = arguments
+        self._arguments = run_dir, replace(rollout, **own), model
         bundle = {"CPU": pool.num_cpus or 0.0, "GPU": pool.num_gpus or 0.0}
         bundle = {name: amount for name, amount in bundle.items() if amount}
         self.waits_for = wanted_words(bundle, pool)

@@ -34,9 +34,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 class HFEngine:
     """RolloutEngine on the CPU; generate may run in one thread while another stages and commits.
 
-    `model_config` is a transformers config as a dict with its `model_type`; `dtype` is both the
-    live and the compute dtype and must be the log's publish dtype. `pad_id` is any token id, never
-    attended to. `experts_implementation` None is transformers' own default, grouped_mm where the
+    `model_config` is a transformers config as a dict with its `model_type`; its `dtype`, bfloat16
+    if it says none, is both the live and the compute dtype and must be the log's publish dtype.
+    `pad_id` is any token id, never attended to. `experts_implementation` None is transformers' own default, grouped_mm where the
     model has experts; it sums a token's experts in fp32 and takes as long as eager on the CPU.
     """
 
@@ -47,7 +47,6 @@ class HFEngine:
         *,
         pad_id: int,
         eos_id: int,
-        dtype: str = "bfloat16",
         attn_implementation: str = "sdpa",
         experts_implementation: str | None = None,
     ) -> None:
@@ -56,7 +55,7 @@ class HFEngine:
         with torch.random.fork_rng(devices=[]):  # the initial values are never used
             self._model = AutoModelForCausalLM.from_config(
                 AutoConfig.for_model(**model_config),
-                dtype=getattr(torch, dtype),
+                dtype=getattr(torch, model_config.get("dtype") or "bfloat16"),
                 attn_implementation=attn_implementation,
                 experts_implementation=experts_implementation,
             ).eval()

@@ -29,6 +29,7 @@ from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor.abstract import Executor
@@ -37,8 +38,8 @@ from vllm.v1.executor.abstract import Executor
 class VLLMEngine:
     """RolloutEngine; generate may run in one thread while another stages and commits.
 
-    `model_config` is a transformers config as a dict with its `model_type`, `dtype` the log's
-    publish dtype; weights come from the log alone. Workers open the log themselves, by the url and
+    `model_config` is a transformers config as a dict with its `model_type`; its `dtype`, bfloat16
+    if it says none, is the log's publish dtype; weights come from the log alone. Workers open the log themselves, by the url and
     the public key's file that it was opened with. `options` are vLLM's engine arguments, on top of
     those chosen here. `pad_id` is not needed.
     """
@@ -50,7 +51,6 @@ class VLLMEngine:
         *,
         pad_id: int,
         eos_id: int,
-        dtype: str = "bfloat16",
         options: dict[str, Any] | None = None,
     ) -> None:
         with tempfile.TemporaryDirectory(prefix="gossamer-vllm-") as folder:
@@ -58,13 +58,15 @@ class VLLMEngine:
             arguments = {
                 "model": folder,
                 "load_format": "dummy",
-                "dtype": dtype,
+                "dtype": model_config.get("dtype") or "bfloat16",
                 "skip_tokenizer_init": True,
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": 1 << 28,
                 # samples are to be a function of weights and requests alone
                 "enable_prefix_caching": False,
                 "async_scheduling": False,
+                # a half prefill takes back its draw, which a CPU's generators cannot
+                "enable_chunked_prefill": not current_platform.is_cpu(),
                 "logprobs_mode": "processed_logprobs",
                 "generation_config": "vllm",
                 "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
@@ -200,7 +202,9 @@ def _with_architecture(model_config: dict[str, Any]) -> dict[str, Any]:
     model_type = str(model_config.get("model_type"))
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"model_config: {model_type!r} is no model_type of a causal model")
-    return {"architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]], **model_config}
+    own = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    # a config that was never saved has the field, and it is None
+    return {**model_config, "architectures": model_config.get("architectures") or own}
 
 
 def _sampling(request: Request, eos_id: int) -> SamplingParams:

@@ -290,3 +290,17 @@ def test_a_request_that_cannot_run_is_refused(engine, field, value):
 def test_a_config_without_model_type_is_refused(trainer):
     with pytest.raises(ValueError, match="model_type"):
         HFEngine({"hidden_size": 64}, trainer.log, pad_id=PAD, eos_id=EOS)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_it_holds_what_the_config_says_that_the_log_holds(dtype, tmp_path):
+    log = WeightLog.open(tmp_path, create=True)
+    model = reference_model().to(getattr(torch, dtype))
+    publisher = Publisher(log, config=LogConfig(publish_dtype=dtype))
+    state = live_tensors(model)
+    rows = [Rows(name, tuple(each.shape), 0, each) for name, each in state.items()]
+    publisher.publish(rows, step=0)
+    engine = HFEngine({**MODEL, "dtype": dtype}, log, pad_id=PAD, eos_id=EOS)
+    engine.stage(0)
+    engine.commit()
+    assert engine.audit() == log.manifest(0).state_hash

@@ -146,6 +146,7 @@ def test_a_pool_is_as_the_recipe_has_it():
         ({"num_gpus": -1.0}, "rollout.num_gpus is -1.0"),
         ({"num_gpus": 1.5}, "num_gpus of pool engine is 1.5; expected a part of 1"),
         ({"max_behind": 0}, "rollout.max_behind is 0"),
+        ({"engine_options": {"seed": 1}}, "engine_options of pool engine are {'seed': 1}"),
         ({"audit_every_versions": -1}, "rollout.audit_every_versions is -1"),
     ],
 )
