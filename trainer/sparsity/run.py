@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
@@ -187,6 +188,8 @@ class SparseRun:
         self._is_changed = True
         if names:
             bands = self._bands(names)
+            if self._is_over:  # nobody asked for a window that ends here
+                bands = [replace(band, gradient_RC=None, tokens=None) for band in bands]
             masks = self.method.update(bands, self._point(), dist.all_reduce, names)
             self._put(names, bands, masks, self.version if self.shared else self._step)
 
