@@ -12,7 +12,7 @@ from gossamer.trainer.sparsity.schedules import (
     position,
     window,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
@@ -150,6 +150,14 @@ def test_a_fall_in_less_than_two_changes_is_refused(kind, total, changes):
     window(schedule, 200)
 
 
+def test_a_cycle_that_never_comes_to_dense_is_refused():
+    schedule = ScheduleConfig(kind="cyclic", density=0.1, start=0.1, stop=0.8, period_steps=1000)
+    with pytest.raises(ValueError, match="period_steps is 1000, .* of 300 steps are 200; expected"):
+        window(schedule, 300)
+    window(schedule, 2000)
+
+
+@settings(deadline=None)
 @given(
     kind=st.sampled_from(["linear", "polynomial", "geometric"]),
     first=st.floats(0.5, 1.0),

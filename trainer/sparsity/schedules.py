@@ -40,7 +40,8 @@ def window(schedule: ScheduleConfig, total_steps: int) -> Window:
     """Start and stop in steps; multiples of every_steps, where steps are what is counted, and never
     after the last change of masks.
 
-    Raises ValueError where a density that falls gradually would fall in less than two changes.
+    Raises ValueError where a density that falls gradually would fall in less than two changes, and
+    where one that goes to and fro would only fall.
     """
     start, stop, every = schedule.start, schedule.stop, schedule.every_steps
     if schedule.unit == "compute":
@@ -60,6 +61,11 @@ def window(schedule: ScheduleConfig, total_steps: int) -> Window:
             f"schedule.every_steps is {every}, so that the density of a run of {total_steps} steps"
             f" falls in {changes} change{'s' * (changes != 1)}; expected fewer steps between"
             " changes, for at least 2 of them"
+        )
+    if schedule.kind == "cyclic" and last - first <= schedule.period_steps:
+        raise ValueError(
+            f"schedule.period_steps is {schedule.period_steps}, and start to stop of a run of"
+            f" {total_steps} steps are {last - first:g}; expected less, to be dense once"
         )
     return Window(first, last)
 
