@@ -182,7 +182,7 @@ def test_ranks_that_hold_different_weights_are_found_out(server):
 def test_a_server_that_fails_is_named(answer, sentence):
     with scripted(answer) as url:
         with pytest.raises(EngineError, match=sentence) as caught:
-            VLLMServer(url, eos_id=EOS, run_id="run", timeout_s=0.3).generate(asked(1))
+            VLLMServer(url, eos_id=EOS, run_id="run", timeout_s=30).generate(asked(1))
         assert url in str(caught.value)
 
 
