@@ -176,7 +176,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 def draw(course: Course) -> str:
     """The course as lines for a terminal."""
     governed, every = course.governed, course.num_parameters
-    live = every - governed * (1.0 - course.mean_density)
+    kept = every - governed * (1.0 - course.mean_density)
     lines = [
         f"{len(course.shapes)} matrices, {format_count(governed)} of {format_count(every)} weights,"
         f" over {course.total_steps} steps",
@@ -185,7 +185,7 @@ def draw(course: Course) -> str:
         "",
         f"density      {course.density[0]:.3f} at first, {course.density[-1]:.3f} at the end,"
         f" {course.mean_density:.4f} on average",
-        f"live weights {format_count(live)} of the model on average",
+        f"kept weights {format_count(kept)} of the model on average",
         f"masks change {len(course.updates)} times{_span(course.updates)}",
         f"gradients    of masked weights needed in {course.scored} steps",
     ]
