@@ -36,8 +36,9 @@ class HFEngine:
 
     `model_config` is a transformers config as a dict with its `model_type`; its `dtype`, bfloat16
     if it says none, is both the live and the compute dtype and must be the log's publish dtype.
-    `pad_id` is any token id, never attended to. `experts_implementation` None is transformers' own default, grouped_mm where the
-    model has experts; it sums a token's experts in fp32 and takes as long as eager on the CPU.
+    `pad_id` is any token id, never attended to. `experts_implementation` None is transformers' own
+    default, grouped_mm where the model has experts; it sums a token's experts in fp32 and takes as
+    long as eager on the CPU.
     """
 
     def __init__(

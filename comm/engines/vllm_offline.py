@@ -39,9 +39,9 @@ class VLLMEngine:
     """RolloutEngine; generate may run in one thread while another stages and commits.
 
     `model_config` is a transformers config as a dict with its `model_type`; its `dtype`, bfloat16
-    if it says none, is the log's publish dtype; weights come from the log alone. Workers open the log themselves, by the url and
-    the public key's file that it was opened with. `options` are vLLM's engine arguments, on top of
-    those chosen here. `pad_id` is not needed.
+    if it says none, is the log's publish dtype; weights come from the log alone. Workers open the
+    log themselves, by the url and the public key's file that it was opened with. `options` are
+    vLLM's engine arguments, on top of those chosen here. `pad_id` is not needed.
     """
 
     def __init__(
