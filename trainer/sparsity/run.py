@@ -60,8 +60,8 @@ class SparseRun:
         self.version = 0
         """The step after which masks last changed; where there are rounds, those they decide."""
         self._step = self._tokens = 0
-        self._is_over = False
-        """No step follows, and the plan is at its end whatever the step: see finish."""
+        self._ended: Names = frozenset()
+        """Matrices that are where the plan ends whatever the step, for none follows: see finish."""
         self._window: dict[str, int] = {}
         """Tokens that each expert's matrix saw since its window began; 0 for any matrix whose
         window has seen skipped steps alone."""
@@ -78,7 +78,7 @@ class SparseRun:
         """JSON."""
         return {
             "step": self._step,
-            "is_over": self._is_over,
+            "ended": sorted(self._ended),
             "tokens": self._tokens,
             "version": self.version,
             "window": self._window,
@@ -99,7 +99,7 @@ class SparseRun:
                 " whose masks it holds"
             )
         self._step, self._tokens, self.version = state["step"], state["tokens"], state["version"]
-        self._is_over = state.get("is_over", False)
+        self._ended = frozenset(state.get("ended", ()))
         self._window = dict(state["window"])
         self._measure.load(state["measure"])
         self._ask()
@@ -127,7 +127,7 @@ class SparseRun:
         if not result.skipped:
             told = self._measure.after_update(result, self._flows, self._plan.scores)
             self._tokens += result.tokens
-        self._step, self._is_over = step, False
+        self._step, self._ended = step, frozenset()
         self._ask()
         self._is_changed = False
         return told
@@ -140,18 +140,16 @@ class SparseRun:
     def finish(self) -> bool:
         """No step follows: ends that the plan still has before it, as phases ended early, take
         place by the weights of now. Whether there were any. A collective call."""
-        self._is_over = True
-        last = self._point()
         ending = frozenset(
             name
             for name, flow in self._flows.items()
-            if flow.keeps_dense and not self.method.flow(name, last).keeps_dense
+            if flow.keeps_dense and not self.method.flow(name, self._end()).keeps_dense
         )
         if ending:
-            self._ask(ending)
+            self._ended = ending
+            self._ask()
             self._renew(ending)
-        self._is_over = bool(ending)
-        return self._is_over
+        return bool(ending)
 
     def follow(self) -> None:
         """Masks that are due and no affair of the rounds, from weights that these have brought. A
@@ -187,10 +185,11 @@ class SparseRun:
     def _renew(self, names: frozenset[str]) -> None:
         self._is_changed = True
         if names:
-            bands = self._bands(names)
-            if self._is_over:  # nobody asked for a window that ends here
+            bands, point = self._bands(names), self._point()
+            if self._ended:  # nobody asked for a window that ends here
                 bands = [replace(band, gradient_RC=None, tokens=None) for band in bands]
-            masks = self.method.update(bands, self._point(), dist.all_reduce, names)
+                point = self._end()
+            masks = self.method.update(bands, point, dist.all_reduce, names)
             self._put(names, bands, masks, self.version if self.shared else self._step)
 
     def _bands(self, names: frozenset[str]) -> list[Band]:
@@ -216,24 +215,30 @@ class SparseRun:
                 f" have {held}; expected the same on every rank: go on from the last checkpoint"
             )
         self.version = version
-        targets = self.method.target(self._point())
+        targets = self.method.target(self._end() if self._ended else self._point())
         told = self._measure.masks_event(targets)
         self._event("masks", step=self._step, mask_version=self.version, **told)
 
     def _point(self, ahead: int = 0) -> Point:
-        step = max(self._step, self._last_step) if self._is_over else self._step
-        return Point(step + ahead, self._tokens)
+        return Point(self._step + ahead, self._tokens)
 
-    def _ask(self, ending: Names = frozenset()) -> None:
-        """What is due now, and how the next step goes. Masks of `ending` are chosen at once."""
+    def _end(self) -> Point:
+        """As if all phases had taken their steps."""
+        return Point(max(self._step, self._last_step), self._tokens)
+
+    def _ask(self) -> None:
+        """What is due now, and how the next step goes."""
         self._plan, before = self.method.step(self._point()), self._flows
         self._flows, self._later = (
-            {name: self.method.flow(name, self._point(ahead)) for name in self.names}
-            for ahead in (0, 1)
+            {
+                name: self.method.flow(name, self._end() if name in self._ended else point)
+                for name in self.names
+            }
+            for point in (self._point(), self._point(ahead=1))
         )
         self._ending = frozenset(
             name
-            for name in (self.due | ending) & before.keys()
+            for name in (self.due | self._ended) & before.keys()
             if before[name].keeps_dense and not self._flows[name].keeps_dense
         )
         self._set_flows({name: before[name] for name in self._ending})
