@@ -45,11 +45,11 @@ class ActorRoom:
     """Room for one engine of a pool."""
 
     def __init__(self, pool: PoolConfig, run_dir: str, rollout: RolloutConfig, model: dict) -> None:
-        assert pool.engine is not None  # all_pools fills it
+        assert pool.engine is not None and pool.engine_options is not None  # all_pools fills them
         self._unit_timeout_s = rollout.unit_timeout_s
-        own = {"engine": pool.engine, "engine_options": pool.engine_options, "pools": ()}
+        own = replace(rollout, engine=pool.engine, engine_options=pool.engine_options, pools=())
         self._resources = {"num_cpus": pool.num_cpus, "num_gpus": pool.num_gpus}
-        self._arguments = run_dir, replace(rollout, **own), model
+        self._arguments = run_dir, own, model
         bundle = {"CPU": pool.num_cpus or 0.0, "GPU": pool.num_gpus or 0.0}
         bundle = {name: amount for name, amount in bundle.items() if amount}
         self.waits_for = wanted_words(bundle, pool)
