@@ -112,7 +112,7 @@ def test_a_run_on_text_alone_needs_no_engines(tmp_path):
 def test_killed_engine_rank_and_driver_leave_the_run_that_was_never_killed(tmp_path):
     warm, rl = SETTINGS["phases"]
     # it must not be over before it is killed
-    recipe = write_recipe(tmp_path, phases=[warm, {**rl, "max_steps": 30}])
+    recipe = write_recipe(tmp_path, phases=[warm, {**rl, "max_steps": 16}])
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(gossamer("rl", recipe, "--run-dir", whole), 0)
 
