@@ -6,9 +6,11 @@ import re
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import waiting
 from gossamer.comm.outer.record import record_name, unpack_record
 from outer_runs import PatientUntil
 from toy_replicas import CONFIG, TOKENS, open_replica, run_round, trained_rows
@@ -116,12 +118,7 @@ def records_of(folder):
     return found
 
 
-def wait_until(holds):
-    """`holds()` is true."""
-    deadline_s = time.monotonic() + 200
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+wait_until = partial(waiting.wait_until, patience_s=200)
 
 
 def wait_for_round(folder, number):

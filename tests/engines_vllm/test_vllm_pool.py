@@ -2,10 +2,11 @@
 
 import importlib
 import threading
-import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import waiting
 from gossamer.comm.engines.follow import follow
 from gossamer.comm.engines.vllm_server import RequestError, VLLMServer
 from gossamer.launch.config import PoolConfig, RecoveryConfig, RolloutConfig
@@ -29,11 +30,7 @@ def trained(tmp_path):
     return trained
 
 
-def wait_until(holds):
-    deadline_s = time.monotonic() + 300
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+wait_until = partial(waiting.wait_until, patience_s=300, every_s=0.05)
 
 
 class Served:

@@ -5,11 +5,13 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import ray
 import torch
+import waiting
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.config import LogConfig
 from gossamer.comm.live import CommitStats
@@ -205,11 +207,7 @@ def test_an_audit_of_engines_that_always_die_ends(build_pool):
     assert time.monotonic() - start_s < 120
 
 
-def wait_until(holds) -> None:
-    deadline_s = time.monotonic() + 180
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+wait_until = partial(waiting.wait_until, patience_s=180, every_s=0.05)
 
 
 def told(run_dir, what: str) -> list[dict]:

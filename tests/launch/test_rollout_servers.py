@@ -1,9 +1,11 @@
 """Pools of servers that run anyway: a real log, stand-ins over real HTTP, no Ray cluster."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
+import waiting
 from gossamer.comm.codec.part import Rows
 from gossamer.comm.config import LogConfig
 from gossamer.comm.log import WeightLog
@@ -81,11 +83,7 @@ def said(run_dir):
     return [event["what"] for event in events(run_dir, "engine")]
 
 
-def wait_until(holds):
-    deadline_s = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
+wait_until = partial(waiting.wait_until, patience_s=PATIENCE_S)
 
 
 def test_a_server_gets_only_units_that_its_version_entitles_it_to(build, serve, trainer, tmp_path):
